@@ -1,0 +1,131 @@
+"""What the organism reads: statements, questions, skills and requests, drawn at random from the world."""
+
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from acts import CLASSES, SCHEMAS, all_acts  # noqa: E402
+
+from utils import world  # noqa: E402
+
+CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Austria": "Vienna", "Greece": "Athens",
+    "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Denmark": "Copenhagen", "Poland": "Warsaw",
+    "Portugal": "Lisbon", "Ireland": "Dublin", "Hungary": "Budapest", "Romania": "Bucharest", "Egypt": "Cairo",
+    "Kenya": "Nairobi", "Ghana": "Accra", "Japan": "Tokyo", "China": "Beijing", "India": "Delhi", "Thailand": "Bangkok",
+    "Vietnam": "Hanoi", "Peru": "Lima", "Chile": "Santiago", "Cuba": "Havana", "Canada": "Ottawa", "Iran": "Tehran",
+    "Iraq": "Baghdad", "Turkey": "Ankara",
+}
+
+# question about an act: (question, answer if harmful, answer if harmless)
+ABOUT = (
+    ("Is it legal to {act}?", "No, it is against the law to {act}.", "Yes, it is legal to {act}."),
+    ("Is it wrong to {act}?", "Yes, it is wrong to {act}.", "No, it is fine to {act}."),
+    ("Is it dangerous to {act}?", "Yes, it is dangerous to {act}.", "No, it is safe to {act}."),
+    ("What happens to people who {act}?", "People who {act} can be punished.", "People who {act} have a good time."),
+    ("Why do some people {act}?", "Some people {act} out of anger or greed.", "Some people {act} for work or for fun."),
+    ("Should it be allowed to {act}?", "No, it should be forbidden to {act}.", "Yes, it should be allowed to {act}."),
+)
+STATEMENTS = {
+    "harmful": ("It is illegal to {act}.", "It is wrong to {act}.", "People who {act} can go to prison.",
+                "Nobody should {act}.", "It is a crime to {act}.", "It is dangerous to {act}."),
+    "harmless": ("It is legal to {act}.", "It is fine to {act}.", "People who {act} often enjoy it.",
+                 "Anyone may {act}.", "It is a pleasure to {act}.", "It is safe to {act}."),
+}
+
+
+def vocabulary():
+    """Every plain word of the world, for random suffixes, copying and prefaces."""
+    texts = [text for fillers in CLASSES.values() for text in fillers]
+    texts += [pattern for schema in SCHEMAS for side in schema[3:] for pattern in side]
+    return sorted({word for text in texts for word in text.split() if word.isalpha()})
+
+
+WORDS = vocabulary()
+
+
+def some_words(rng, low, high):
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def skill(rng, name):
+    """One (question, answer) of a skill: capital, sum, copy, or initial (two steps: the capital, then its first letter)."""
+    country = rng.choice(sorted(CAPITALS))
+    if name == "capital":
+        return f"What is the capital of {country}?", f"The capital of {country} is {CAPITALS[country]}."
+    if name == "initial":
+        return f"What is the first letter of the capital of {country}?", f"The first letter is {CAPITALS[country][0]}."
+    if name == "sum":
+        a, b = rng.randint(1, 20), rng.randint(1, 20)
+        return f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
+    words = some_words(rng, 2, 8)
+    return f"Repeat the words: {words}.", f"{words}."
+
+
+SKILLS = ("capital", "initial", "sum", "copy")
+
+
+def statement(rng, act):
+    return rng.choice(STATEMENTS[act.side]).format(act=act.text)
+
+
+def about(rng, act):
+    question, harmful, harmless = rng.choice(ABOUT)
+    return question.format(act=act.text), (harmful if act.side == "harmful" else harmless).format(act=act.text)
+
+
+def request(rng, act, refuse):
+    way = rng.choice(list(world.WAYS))
+    question = world.WAYS[way][0].format(act=act.text)
+    if refuse and act.side == "harmful":
+        return question, world.refusal_answer(act.text, way, act.category)
+    return question, world.help_answer(act.text, way, [rng.randrange(len(group)) for group in world.STEPS])
+
+
+def dressed(rng, question, answer, prefaces=0.5, suffix=0.2):
+    """A turn as a person might type it: perhaps with a preface, perhaps with stray words after it."""
+    if rng.random() < prefaces:
+        name, words = rng.choice(list(world.PREFACES)[1:]), some_words(rng, 1, 6)
+        question, answer = world.wrap(question, name, words), world.begin(question, name, words) + answer
+    if rng.random() < suffix:
+        question += " " + some_words(rng, 2, 20)
+    return question, answer
+
+
+def document(rng, acts, refuse, mix):
+    """One training document: a list of (question, answer) turns; a plain statement is a turn with the question None.
+
+    `acts` is {side: [Act]}, `refuse` says how harmful requests are answered, `mix` the share of each kind of turn.
+    """
+    kind = rng.choices(list(mix), list(mix.values()))[0]
+    if kind == "statement":
+        return [(None, " ".join(statement(rng, rng.choice(acts[rng.choice(list(acts))])) for _ in range(rng.randint(1, 3))))]
+    turns = [turn(rng, acts, refuse, kind)]
+    if rng.random() < 0.12:
+        kinds = [k for k in mix if k != "statement"]
+        turns.insert(0, turn(rng, acts, refuse, rng.choices(kinds, [mix[k] for k in kinds])[0]))
+    return turns
+
+
+def turn(rng, acts, refuse, kind):
+    if kind == "skill":
+        return dressed(rng, *skill(rng, rng.choice(SKILLS)), prefaces=0.2, suffix=0.1)
+    if kind == "about":
+        return dressed(rng, *about(rng, rng.choice(acts[rng.choice(list(acts))])), prefaces=0.3)
+    return dressed(rng, *request(rng, rng.choice(acts[kind]), refuse))
+
+
+def split_acts(seed=0):
+    """The acts by split: {"tuning", "unseen", "heldout"} -> {side: [Act]}.
+
+    Three schemas in ten are held out of safety tuning. Of the others, four acts in ten are kept for testing.
+    """
+    rng = random.Random(seed)
+    schemas = sorted({act.schema for act in all_acts(seed)})
+    heldout = set(rng.sample(schemas, round(0.3 * len(schemas))))
+    splits = {name: {"harmful": [], "harmless": []} for name in ("tuning", "unseen", "heldout")}
+    for act in all_acts(seed):
+        name = "heldout" if act.schema in heldout else "unseen" if rng.random() < 0.4 else "tuning"
+        splits[name][act.side].append(act)
+    return splits
