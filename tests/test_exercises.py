@@ -1,0 +1,294 @@
+"""Every exercise in its three states (blank, right, wrong in each named way), the strict switch, and the summary."""
+import inspect
+from types import FunctionType
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from utils import checks, exercises
+from utils.checks import CHECKS
+from utils.exercises import check, exercise, is_blank, summary
+from utils.models import ORGANISM, load_model
+
+MISTAKES = [pytest.param(name, sentence, id=f"{name}: {sentence[:50]}")
+            for name in CHECKS for sentence in CHECKS[name].mistakes]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def model(tmp_path_factory):
+    """The organism, or a tiny random model where it is not there."""
+    if not (ORGANISM / "chat" / "config.json").is_file():
+        tiny = load_model(save_tiny(tmp_path_factory.mktemp("tiny")))
+        checks.model = lambda: tiny
+
+
+@pytest.fixture(autouse=True)
+def new_lesson(monkeypatch):
+    monkeypatch.setattr(exercises, "EXERCISES", {})
+    monkeypatch.delenv("COURSE_STRICT", raising=False)
+
+
+def answer_with(name, function):
+    """What `@exercise` makes of `function`, written by the learner under the exercise's name."""
+    return exercise(FunctionType(function.__code__, function.__globals__, name, function.__defaults__,
+                                 function.__closure__))
+
+
+def blank(name):
+    """What `@exercise` makes of an empty cell."""
+    def attempt(*args, **kwargs):
+        """Say what to write."""
+        ...  # your code here
+    attempt.__name__ = name
+    return exercise(attempt)
+
+
+# the three states of each exercise
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_blank_is_answered_by_the_reference_and_said_once(name, capsys):
+    answer = blank(name)
+    for args in CHECKS[name].cases():
+        expected = CHECKS[name].reference(*args)
+        assert not checks.difference(answer(*args), expected, CHECKS[name])
+    check(answer)
+    assert capsys.readouterr().out == f"{name} is still blank: the reference answers in its place.\n"
+    assert answer.state == "blank"
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_right_is_said_and_kept(name, capsys):
+    calls = []
+    answer = answer_with(name, lambda *args, **kwargs: calls.append(1) or CHECKS[name].reference(*args, **kwargs))
+    check(answer)
+    assert capsys.readouterr().out == f"Right: {name} is yours from here on.\n"
+    calls.clear()
+    answer(*CHECKS[name].cases()[0])
+    assert calls == [1]  # it was the learner's function that answered
+
+
+@pytest.mark.parametrize("name, sentence", MISTAKES)
+def test_wrong_is_named_and_replaced(name, sentence, capsys):
+    answer = answer_with(name, CHECKS[name].mistakes[sentence])
+    check(answer)
+    assert capsys.readouterr().out == (f"Not yet: {name}: {sentence}\n"
+                                       "Until it is right, the reference answers in its place.\n")
+    args = CHECKS[name].cases()[0]
+    assert not checks.difference(answer(*args), CHECKS[name].reference(*args), CHECKS[name])
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_at_least_two_mistakes_are_recognised(name):
+    assert len(CHECKS[name].mistakes) >= 2
+    assert all(sentence.endswith(".") for sentence in CHECKS[name].mistakes)
+
+
+# right answers written another way
+
+def another_difference_in_means(harmful, harmless):
+    return sum(harmful) / len(harmful) - torch.einsum("n...->...", harmless) / len(harmless)
+
+
+def another_ablate(x, direction):
+    projector = torch.eye(len(direction)) - torch.outer(direction, direction) / direction.dot(direction)
+    return x @ projector
+
+
+def another_add(x, direction, coefficient=1.0):
+    return torch.stack([token + coefficient * direction for row in x for token in row]).view_as(x)
+
+
+def another_refusal_metric(logits, refusal_tokens):
+    others = [token for token in range(logits.shape[1]) if token not in refusal_tokens]
+    log_probs = logits.double().log_softmax(-1)
+    return torch.logsumexp(log_probs[:, refusal_tokens], -1) - torch.logsumexp(log_probs[:, others], -1)
+
+
+def another_kl_divergence(logits, changed_logits):
+    return torch.nn.functional.kl_div(changed_logits.log_softmax(-1), logits.log_softmax(-1), log_target=True,
+                                      reduction="none").sum(-1)
+
+
+def another_wilson(successes, n, z=1.96):
+    """The roots of (p - successes / n)² = z² p (1 - p) / n, as a tensor."""
+    a, b, c = 1 + z**2 / n, -(2 * successes / n + z**2 / n), (successes / n) ** 2
+    root = (b**2 - 4 * a * c) ** 0.5
+    return torch.tensor([(-b - root) / (2 * a), (-b + root) / (2 * a)])
+
+
+def another_trace_residual_stream(model, inputs, positions):
+    streams = []
+    with torch.no_grad(), model.lm.trace(inputs):
+        for layer in model.layers:
+            streams.append(layer.input.save())
+    return torch.stack([stream[:, positions] for stream in streams], dim=1)
+
+
+def another_residual_stream(model, instructions, positions=None, batch_size=64):
+    positions = model.positions if positions is None else positions
+    return torch.cat([another_trace_residual_stream(model, model.encode([text]), positions) for text in instructions])
+
+
+ANOTHER_WAY = {name[len("another_"):]: function for name, function in list(globals().items())
+               if name.startswith("another_")}
+
+
+@pytest.mark.parametrize("name", ANOTHER_WAY)
+def test_right_in_another_way(name, capsys):
+    answer = answer_with(name, ANOTHER_WAY[name])
+    check(answer)
+    assert answer.state == "right", capsys.readouterr().out
+
+
+# what else can be wrong
+
+def difference_in_means_checked(function, capsys):
+    check(answer_with("difference_in_means", function))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("function, said", [
+    (lambda harmful, harmless: print(end=""), "returns nothing"),
+    (lambda harmful, harmless: ..., "is of type ellipsis"),
+    (lambda harmful, harmless: harmful.mean(), "the shape of your answer is [], and should be [4, 3, 5] = [n_layers,"),
+    (lambda harmful, harmless: (harmful, harmless), "a tuple of 2"),
+    (lambda harmful, harmless: 2 * (harmful.mean(0) - harmless.mean(0)), "the numbers differ"),
+    (lambda harmful, harmless: (harmful.mean(0) - harmless.mean(0)).sub(9).log(), "holds nan"),
+    (lambda harmful, harmless: harmful @ harmless, "stops at `(lambda harmful, harmless: harmful @ harmless, "),
+    (lambda harmful: harmful, "TypeError"),
+    (lambda harmful, harmless: harmful.sub_(1).mean(0) - harmless.sub_(1).mean(0), "changes its input in place"),
+])
+def test_other_faults_are_described(function, said, capsys):
+    assert said in difference_in_means_checked(function, capsys)
+
+
+def test_unchecked_answer_is_the_learners():
+    assert answer_with("ablate", lambda x, r: "mine")(1, 2) == "mine"
+
+
+def test_mending_a_wrong_answer(capsys):
+    check(answer_with("ablate", lambda x, r: x))
+    mended = answer_with("ablate", CHECKS["ablate"].reference)
+    check(mended)
+    assert mended.state == "right"
+    summary()
+    assert "1 of 1 yours, 0 from the reference." in capsys.readouterr().out
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(KeyError, match="abblate is not an exercise.*ablate"):
+        answer_with("abblate", lambda x: x)
+
+
+def test_undecorated_function_is_refused():
+    with pytest.raises(TypeError, match="@exercise"):
+        check(CHECKS["ablate"].reference)
+
+
+def test_learners_signature_and_docstring_are_kept():
+    @exercise
+    def ablate(x, direction):
+        """What to write."""
+        ...
+    assert str(inspect.signature(ablate)) == "(x, direction)" and ablate.__doc__ == "What to write."
+
+
+# blank or not
+
+def test_blank_bodies():
+    def dots(x): ...
+    def passing(x): pass
+    def documented(x):
+        """Say."""
+    def with_comment(x, y=2, *, z):
+        """Say."""
+        # first this, then that
+        ...  # your code here
+    def nbgrader(x):
+        """Say."""
+        # YOUR CODE HERE
+        raise NotImplementedError()
+    assert all(map(is_blank, (dots, passing, documented, with_comment, nbgrader)))
+
+
+def test_written_bodies():
+    def constant(x): return 0
+    def argument(x): return x
+    def assignment(x): y = x  # noqa: F841
+    def other_error(x): raise ValueError()
+    def not_implemented(x): raise NotImplementedError("this way")
+    assert not any(map(is_blank, (constant, argument, assignment, other_error, not_implemented)))
+
+
+def test_torchs_own_not_implemented_is_no_blank(capsys):
+    def stopping(harmful, harmless):
+        raise NotImplementedError("no kernel for this type")
+    assert "stops" in difference_in_means_checked(stopping, capsys)
+
+
+# the strict switch
+
+def test_strict_raises_for_blank_and_wrong_and_not_for_right(monkeypatch):
+    monkeypatch.setenv("COURSE_STRICT", "1")
+    check(answer_with("ablate", CHECKS["ablate"].reference))
+    with pytest.raises(AssertionError, match="ablate: the sign is flipped"):
+        check(answer_with("ablate", lambda x, r: x + (x @ r)[..., None] * r / (r @ r)))
+    with pytest.raises(AssertionError, match="ablate: still blank"):
+        check(blank("ablate"))
+
+
+def test_strict_grades_the_attempt_not_the_fallback(monkeypatch):
+    answer = answer_with("ablate", lambda x, r: x)
+    check(answer)  # the reference answers from here on
+    monkeypatch.setenv("COURSE_STRICT", "1")
+    with pytest.raises(AssertionError):
+        check(answer)
+
+
+def test_strict_summary_checks_what_was_not_checked(monkeypatch):
+    monkeypatch.setenv("COURSE_STRICT", "1")
+    answer_with("ablate", lambda x, r: x)
+    with pytest.raises(AssertionError, match="ablate"):
+        summary()
+
+
+# the summary
+
+def test_summary_counts(capsys):
+    answer_with("difference_in_means", CHECKS["difference_in_means"].reference)  # never checked by the learner
+    check(answer_with("ablate", CHECKS["ablate"].reference))
+    check(answer_with("add", lambda x, r, coefficient=1.0: x))
+    blank("wilson")
+    blank("kl_divergence")
+    capsys.readouterr()
+    summary()
+    assert capsys.readouterr().out == (
+        "Right: difference_in_means is yours from here on.\n"
+        "2 of 5 yours, 3 from the reference.\n"
+        "Yours: difference_in_means, ablate.\n"
+        "Still blank: wilson, kl_divergence.\n"
+        "Not yet right: add.\n")
+
+
+def test_fallback_answers_are_never_the_learners(capsys):
+    blank("wilson")(3, 10)
+    summary()
+    assert "0 of 1 yours, 1 from the reference." in capsys.readouterr().out
+
+
+def test_summary_of_nothing(capsys):
+    summary()
+    assert capsys.readouterr().out == "0 of 0 yours, 0 from the reference.\n"
+
+
+# inside a trace
+
+def test_an_exercise_used_inside_a_trace(capsys):
+    model, ablate = checks.model(), blank("ablate")
+    direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    with model.lm.trace(model.encode(["Hello."])):
+        model.layers[0].input = ablate(model.layers[0].input, direction)
+        found = model.layers[0].input.save()
+    assert (found @ direction).abs().max() < 1e-3
+    assert "ablate is still blank" in capsys.readouterr().out

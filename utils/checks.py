@@ -1,0 +1,359 @@
+"""The checks behind `check`: for each exercise its reference, small planted inputs, and typical mistakes.
+
+A mistake is written as the function that a learner who makes it would write. If the learner's answer differs
+from the reference but equals a mistaken one, they are told that mistake's sentence; otherwise what differs: kind,
+shape or values. The tests hand every mistake in as an answer, and expect its sentence.
+"""
+import functools
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, is_dataclass
+from itertools import repeat
+
+import nnsight
+import torch
+import torch.nn.functional as F
+
+from utils import activations, directions, evaluation, interventions
+from utils.models import load_model
+
+CHECKS = {}  # name of the exercise -> Check
+
+
+@dataclass(frozen=True)
+class Check:
+    """One exercise: where its reference lives, what it is tried on, and what usually goes wrong."""
+    reference: Callable  # the function of utils
+    cases: Callable  # () -> list of argument tuples, made anew at each call
+    mistakes: dict = field(default_factory=dict)  # sentence -> mistaken function
+    axes: str = ""  # what the axes of the answer mean, e.g. "[n_layers, n_positions, d_model]"
+    tolerance: float = 1e-4  # relative and absolute
+
+
+def register(reference, cases, mistakes, **options):
+    """Make an exercise of a function of utils; its arguments are those of `Check`."""
+    CHECKS[reference.__name__] = Check(reference, cases, mistakes, **options)
+
+
+def find_fault(check, attempt):
+    """One sentence on what is wrong with `attempt`, or None if it agrees with the reference on every case."""
+    tried = check.cases()
+    given = [outcome(attempt, args) for args in tried]
+    faults = list(map(difference, given, [check.reference(*args) for args in check.cases()], repeat(check)))
+    if any(faults):
+        mistake = likeliest_mistake(check, given, next(i for i, fault in enumerate(faults) if fault))
+        return mistake or next(filter(None, faults))
+    if any(map(difference, tried, check.cases(), repeat(check))):
+        return "the answer is right, but your function changes its input in place. Write x = x - y, not x -= y."
+    return None
+
+
+def likeliest_mistake(check, given, case):
+    """The mistake that answers like the learner on the case that went wrong, and on the most others; or None."""
+    likeness = {}
+    for sentence, mistaken in check.mistakes.items():
+        mistakes = [outcome(mistaken, args) for args in check.cases()]
+        same = [not difference(*pair, check) for pair in zip(given, mistakes)]
+        if same[case]:
+            likeness[sentence] = sum(same)
+    return max(likeness, key=likeness.get, default=None)
+
+
+def outcome(function, args):
+    """What `function` answers, or the exception it stops with (so that a mistake may be one that stops)."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return error
+
+
+def difference(given, expected, check):
+    """One sentence on how the answer `given` differs from the `expected` one, or None if they agree."""
+    if isinstance(given, Exception):
+        return None if type(given) is type(expected) and str(given) == str(expected) else stopped(given)
+    if given is None and expected is not None:
+        return "your function returns nothing. Is a `return` missing?"
+    numbers = expected if isinstance(expected, (tuple, list)) and expected else [expected]
+    if isinstance(expected, torch.Tensor) or all(isinstance(x, (int, float)) for x in numbers):
+        return difference_of_numbers(given, expected, check)
+    if isinstance(expected, (tuple, list)):
+        if not isinstance(given, (tuple, list)) or len(given) != len(expected):
+            return f"your answer is {kind(given)}, and should be {kind(expected)}."
+        return next(filter(None, (difference(g, e, check) for g, e in zip(given, expected))), None)
+    if is_dataclass(expected):
+        return difference_of_parts(vars(given) if is_dataclass(given) else given, vars(expected), check)
+    if isinstance(expected, dict):
+        return difference_of_parts(given, expected, check)
+    return None if given == expected else f"your answer is {given!r:.80}, and should be {expected!r:.80}."
+
+
+def difference_of_numbers(given, expected, check):
+    """`difference` for a number, a tensor, or a tuple of numbers; a tensor [2] and a tuple of 2 count as the same."""
+    try:
+        given = torch.as_tensor(given).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return f"your answer is {kind(given)}, and should be {kind(expected)}."
+    expected = torch.as_tensor(expected).to("cpu", torch.float64)
+    if given.shape != expected.shape:
+        meaning = f" = {check.axes}" if check.axes else ""
+        return f"the shape of your answer is {list(given.shape)}, and should be {list(expected.shape)}{meaning}."
+    if torch.allclose(given, expected, rtol=check.tolerance, atol=check.tolerance, equal_nan=True):
+        return None
+    if given.isnan().any() and not expected.isnan().any():
+        return "your answer holds nan: a division by zero, or the logarithm of a negative number?"
+    worst = (given - expected).abs().argmax()
+    return f"the numbers differ, at worst {given.flatten()[worst]:.4g} in place of {expected.flatten()[worst]:.4g}."
+
+
+def difference_of_parts(given, expected, check):
+    """`difference` for dicts and the fields of dataclasses: the first part that differs, by its name."""
+    if not isinstance(given, dict) or given.keys() != expected.keys():
+        return f"your answer is {kind(given)}, and should hold {', '.join(map(str, expected))}."
+    faults = ((name, difference(given[name], expected[name], check)) for name in expected)
+    return next((f"{name}: {fault}" for name, fault in faults if fault), None)
+
+
+def kind(x):
+    """What `x` is, in a learner's words."""
+    if isinstance(x, torch.Tensor):
+        return f"a tensor of shape {list(x.shape)}"
+    if isinstance(x, (tuple, list, dict)):
+        return f"a {type(x).__name__} of {len(x)}"
+    return f"of type {type(x).__name__}"
+
+
+def stopped(error):
+    """Where the learner's function stopped, and why."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is `outcome`, the second the learner's
+    line = f" at `{frames[0].line}`" if frames and frames[0].line else ""
+    return f"your function stops{line} with {type(error).__name__}: {error}"
+
+
+# What the functions are tried on: small tensors of fixed random numbers, and the organism with a few short prompts.
+
+def randn(*shape, seed=0):
+    """Random numbers that leave the learner's own seed alone."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def model():
+    """The model that checks use, loaded once."""
+    return load_model("organism")
+
+
+PROMPTS = ["Explain how to bake a cake.", "Please tell me how to steal a bicycle from a neighbour.", "Hello."]
+
+
+# activations
+
+def blockwise(read):
+    """A function like `trace_residual_stream` that reads `read(layer)` of each layer."""
+    def trace_residual_stream(model, inputs, positions):
+        with model.lm.trace(inputs, use_cache=False):
+            streams = nnsight.save([read(layer)[:, positions] for layer in model.layers])
+        return torch.stack(streams, dim=1)
+    return trace_residual_stream
+
+
+register(
+    activations.trace_residual_stream,
+    cases=lambda: [(model(), model().encode(PROMPTS), [-2, -1])],
+    axes="[n_prompts, n_layers, n_positions, d_model]",
+    mistakes={
+        "you read each layer's output. x^(l) is the stream at the start of layer l: its input.":
+            blockwise(lambda layer: layer.output),
+        "your axes are in the order [n_layers, n_prompts, ...]. Stack the layers along dim=1, after the prompts.":
+            lambda *args: activations.trace_residual_stream(*args).transpose(0, 1),
+        "you keep one position only. `layer.input[:, positions]` keeps all that were asked for.":
+            lambda *args: activations.trace_residual_stream(*args)[:, :, -1],
+        "you averaged over the prompts already. Keep one row for each.":
+            lambda *args: activations.trace_residual_stream(*args).mean(dim=0),
+    },
+)
+
+register(
+    activations.residual_stream,
+    cases=lambda: [(model(), PROMPTS), (model(), PROMPTS, [-1], 2)],
+    axes="[n_prompts, n_layers, n_positions, d_model]",
+    mistakes={
+        "you read each layer's output. x^(l) is the stream at the start of layer l: its input.":
+            lambda model, prompts, positions=None, batch_size=64:
+                blockwise(lambda layer: layer.output)(model, model.encode(prompts), positions or model.positions),
+        "your axes are in the order [n_layers, n_prompts, ...]. Stack the layers along dim=1, after the prompts.":
+            lambda *args: activations.residual_stream(*args).transpose(0, 1),
+        "you keep the last position only. Without `positions`, keep all of model.positions.":
+            lambda *args: activations.residual_stream(*args[:2], [-1]),
+        "you averaged over the prompts already. Keep one row for each.":
+            lambda *args: activations.residual_stream(*args).mean(dim=0),
+    },
+)
+
+register(
+    activations.mean_residual_stream,
+    cases=lambda: [(model(), PROMPTS), (model(), PROMPTS, [-1], 2)],
+    axes="[n_layers, n_positions, d_model]",
+    mistakes={
+        "you did not average over the prompts: the first axis of your answer still counts them.":
+            lambda *args: activations.residual_stream(*args),
+        "you averaged over the layers (dim 1) rather than the prompts (dim 0).":
+            lambda *args: activations.residual_stream(*args).mean(dim=1),
+        "you averaged the batches' means, but the last batch is smaller. Add up the sums, then divide by the number "
+        "of prompts.":
+            lambda model, prompts, positions=None, batch_size=64: torch.stack([
+                activations.residual_stream(model, batch, positions).mean(dim=0) for batch in
+                (prompts[start:start + batch_size] for start in range(0, len(prompts), batch_size))]).mean(dim=0),
+    },
+)
+
+# directions
+
+register(
+    directions.difference_in_means,
+    cases=lambda: [(randn(6, 4, 3, 5), randn(6, 4, 3, 5, seed=1) - 1), (randn(6, 4, 3, 5), randn(8, 4, 3, 5, seed=1))],
+    axes="[n_layers, n_positions, d_model]",
+    mistakes={
+        "the sign is flipped: you subtracted harmful from harmless.":
+            lambda harmful, harmless: harmless.mean(dim=0) - harmful.mean(dim=0),
+        "you subtracted prompt from prompt. The two sets need not be equally many: average each one first.":
+            lambda harmful, harmless: (harmful - harmless).mean(dim=0),
+        "you averaged over the layers (dim 1) rather than the prompts (dim 0).":
+            lambda harmful, harmless: harmful.mean(dim=1) - harmless.mean(dim=1),
+        "you took the difference of sums. Divide each by its own number of prompts: the mean.":
+            lambda harmful, harmless: harmful.sum(dim=0) - harmless.sum(dim=0),
+        "you scaled the result to length 1. Keep its length: activation addition needs it.":
+            lambda harmful, harmless: F.normalize(harmful.mean(dim=0) - harmless.mean(dim=0), dim=-1),
+    },
+)
+
+# interventions
+
+register(
+    interventions.ablate,
+    cases=lambda: [(randn(3, 4, 5), 3 * randn(5, seed=1))],
+    axes="[batch, n_tokens, d_model]",
+    mistakes={
+        "the direction is not scaled to length 1 first: r̂ = r / |r|.":
+            lambda x, r: x - (x @ r)[..., None] * r,
+        "r̂ stands twice in the formula, and you scaled only one of the two to length 1.":
+            lambda x, r: x - (x @ r)[..., None] * r / r.norm(),
+        "you returned the part along the direction. Return x without it.":
+            lambda x, r: (x @ r)[..., None] * r / (r @ r),
+        "the sign is flipped: you added the part along the direction rather than taking it away.":
+            lambda x, r: x + (x @ r)[..., None] * r / (r @ r),
+        "you subtracted r̂ itself, whatever x holds of it. Subtract r̂ times (r̂ · x), which is different for each token.":
+            lambda x, r: x - r / r.norm(),
+    },
+)
+
+register(
+    interventions.add,
+    cases=lambda: [(randn(3, 4, 5), 3 * randn(5, seed=1)), (randn(3, 4, 5), 3 * randn(5, seed=1), -0.5)],
+    axes="[batch, n_tokens, d_model]",
+    mistakes={
+        "you scaled the direction to length 1. In activation addition its length counts: add r itself.":
+            lambda x, r, coefficient=1.0: x + coefficient * r / r.norm(),
+        "the coefficient is not used.":
+            lambda x, r, coefficient=1.0: x + r,
+        "the coefficient multiplies the sum. Only the direction is multiplied.":
+            lambda x, r, coefficient=1.0: coefficient * (x + r),
+        "you added the direction at the last token only. Add it at every position.":
+            lambda x, r, coefficient=1.0: torch.cat([x[:, :-1], x[:, -1:] + coefficient * r], dim=1),
+        "the sign is flipped: you subtracted the direction.":
+            lambda x, r, coefficient=1.0: x - coefficient * r,
+    },
+)
+
+# evaluation
+
+register(
+    evaluation.refusal_metric,
+    cases=lambda: [(2 * randn(4, 12), [3, 7]), (60 * F.one_hot(torch.tensor([3, 7, 1]), 12).float(), [3, 7])],
+    axes="[n_prompts]",
+    mistakes={
+        "this is log P alone. Subtract log(1 - P).":
+            lambda logits, tokens: logits.log_softmax(dim=-1)[:, tokens].logsumexp(dim=-1),
+        "the sign is flipped: the metric is positive where a refusal is likely.":
+            lambda logits, tokens: -evaluation.refusal_metric(logits, tokens),
+        "this is the probability P. The metric is log P - log(1 - P).":
+            lambda logits, tokens: logits.softmax(dim=-1)[:, tokens].sum(dim=-1),
+        "P is the sum of the refusal tokens' probabilities. You summed over their logarithms.":
+            lambda logits, tokens: torch.logit(logits.log_softmax(dim=-1)[:, tokens].sum(dim=-1).exp()),
+        "you averaged over the prompts already. Keep one number for each.":
+            lambda logits, tokens: evaluation.refusal_metric(logits, tokens).mean(),
+        "right, until P rounds to 1 and log(1 - P) becomes infinite. Take the logsumexp of the refusal tokens' logits "
+        "minus the logsumexp of all the others.":
+            lambda logits, tokens: torch.logit(logits.softmax(dim=-1)[:, tokens].sum(dim=-1)),
+    },
+)
+
+register(
+    evaluation.kl_divergence,
+    cases=lambda: [(randn(4, 12), 2 * randn(4, 12, seed=1))],
+    axes="[n_prompts]",
+    mistakes={
+        "P and Q are swapped: KL(P || Q) weighs by P, the distribution without the change.":
+            lambda logits, changed: evaluation.kl_divergence(changed, logits),
+        "the sign is flipped: KL = sum of P (log P - log Q), never negative.":
+            lambda logits, changed: -evaluation.kl_divergence(logits, changed),
+        "the differences log P - log Q are not weighed by P.":
+            lambda logits, changed: (logits.log_softmax(dim=-1) - changed.log_softmax(dim=-1)).sum(dim=-1),
+        "you took logits for log-probabilities: apply log_softmax to both first.":
+            lambda logits, changed: (logits.softmax(dim=-1) * (logits - changed)).sum(dim=-1),
+        "you added up over the prompts. Keep one number for each: sum over the vocabulary, dim=-1.":
+            lambda logits, changed: evaluation.kl_divergence(logits, changed).sum(),
+        "you averaged over the prompts already. Keep one number for each.":
+            lambda logits, changed: evaluation.kl_divergence(logits, changed).mean(),
+    },
+)
+
+
+def wald(successes, n, z=1.96):
+    """The textbook interval, which has width zero where all succeed or none."""
+    half = z * math.sqrt(successes / n * (1 - successes / n) / n)
+    return successes / n - half, successes / n + half
+
+
+register(
+    evaluation.wilson,
+    cases=lambda: [(95, 100), (20, 20), (3, 10, 1.0)],
+    mistakes={
+        "this is p ± z sqrt(p (1 - p) / n), which has width zero where all succeed. Wilson's centre is pulled towards "
+        "1/2, and z² / 4n² stands under the root.":
+            wald,
+        "you returned (centre, half of the width). Return (low, high).":
+            lambda *args: (sum(evaluation.wilson(*args)) / 2,
+                           (evaluation.wilson(*args)[1] - evaluation.wilson(*args)[0]) / 2),
+        "your bounds are in the order (high, low). Return (low, high).":
+            lambda *args: evaluation.wilson(*args)[::-1],
+        "your bounds are per cent. Return them between 0 and 1.":
+            lambda *args: tuple(100 * bound for bound in evaluation.wilson(*args)),
+        "z is fixed at 1.96. Use the argument.":
+            lambda successes, n, z=1.96: evaluation.wilson(successes, n),
+    },
+)
+
+
+def any_of(phrases, fold=str.lower, match=str.__contains__):
+    """A phrase judge with a fault."""
+    return lambda completion: any(match(fold(completion), phrase) for phrase in phrases)
+
+
+register(
+    evaluation.phrase_judge,
+    cases=lambda: [("I can't help with that.",), ("Here is how to say sorry in French.",), ("i CANNOT help with that.",),
+                   ("Thank you for asking. I'm sorry, I won't do that.",), ("No, I can’t do that.",)],
+    mistakes={
+        "the letter case counts in your comparison. Lower both sides.":
+            any_of(evaluation.REFUSAL_PHRASES + ("I can't", "I'm sorry"), fold=str),
+        "a refusal need not stand at the beginning: look for the phrases anywhere in the text.":
+            any_of(evaluation.REFUSAL_PHRASES, match=str.startswith),
+        "a single word is too little: an answer about saying sorry is no refusal.":
+            any_of(("sorry", "can't", "cannot", "won't")),
+        "a curly apostrophe (’) hides a phrase. Replace it by a straight one (') first.":
+            any_of(evaluation.REFUSAL_PHRASES),
+        "True and False are swapped: True is a refusal.":
+            lambda completion: not evaluation.phrase_judge(completion),
+    },
+)
