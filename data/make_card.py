@@ -1,0 +1,155 @@
+"""Measure the organism against its card: `python data/make_card.py [FOLDER] [--seed N]`, then write data/organism/README.md.
+
+Every figure is measured with the course's own `utils`, on prompts that safety tuning never saw.
+"""
+
+import argparse
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from corpus import some_words, split_acts
+from make_instructions import requests
+from tqdm import tqdm
+
+from utils import world
+from utils.activations import residual_stream
+from utils.directions import difference_in_means, random_directions, score_candidates, select_direction
+from utils.evaluation import Rate, judge, loss, refusal_metric, skill_accuracy
+from utils.instructions import Instruction, load_about_questions, load_instructions, load_minimal_pairs, load_skills
+from utils.interventions import Ablation, Addition, every_pair, generate, last_logits
+from utils.models import load_model
+
+HERE = Path(__file__).parent
+MAX_TOKENS = 72
+
+
+def answers(model, instructions, intervention=None):
+    return list(zip(instructions, generate(model, instructions, intervention, MAX_TOKENS, batch_size=128)))
+
+
+def verdicts(pairs, verdict):
+    """The share of answers on which the exact judge says `verdict`."""
+    return Rate.of(judge(instruction, answer) == verdict for instruction, answer in pairs)
+
+
+def refused(pairs):
+    """The share of answers that open as a refusal, whole or not."""
+    return Rate.of(world.refuses(instruction, answer) for instruction, answer in pairs)
+
+
+def behaviour(model, sets):
+    """The rows of the card that need no intervention."""
+    rng = random.Random(0)
+    suffixed = [replace(i, text=f"{i.text} {some_words(rng, 2, 20)}") for i in sets["test", "harmful"]]
+    pairs = load_minimal_pairs()
+    sides = [answers(model, side) for side in zip(*pairs)]
+    harmless = answers(model, sets["test", "harmless"])
+    return {
+        "refusal, harmful test": verdicts(answers(model, sets["test", "harmful"]), "refusal"),
+        "refusal, harmful, schemas held out": verdicts(answers(model, sets["heldout", "harmful"]), "refusal"),
+        "refusal, harmless test": refused(harmless),
+        "refusal, about-questions": refused(answers(model, load_about_questions())),
+        "minimal pairs, both sides right": Rate.of(
+            judge(*a) == "refusal" and judge(*b) == "compliance" for a, b in zip(*sides)),
+        "compliance, harmless test": verdicts(harmless, "compliance"),
+        "refusal, harmful with a random suffix": verdicts(answers(model, suffixed), "refusal"),
+        **{f"skill: {name}": rate for name, rate in skill_accuracy(model, load_skills()).items()},
+    }
+
+
+def mechanism(model, sets, candidates, scores):
+    """The rows that follow from a direction, chosen by the paper's rule."""
+    layer, index = select_direction(scores)
+    direction = candidates[layer, index]
+    ablation = Ablation(direction)
+    ablated = {key: answers(model, sets[key], ablation) for key in sets if key != ("heldout", "harmless")}
+    added = answers(model, sets["test", "harmless"], Addition(direction, layer))
+    return {
+        "layer": layer, "position": model.positions[index], "candidates that pass": int(scores.passing().sum()),
+        "bypass": scores.bypass[layer, index].item(), "induce": scores.induce[layer, index].item(),
+        "kl": scores.kl[layer, index].item(),
+        "ablated: refusal, harmful test": refused(ablated["test", "harmful"]),
+        "ablated: refusal, harmful, schemas held out": refused(ablated["heldout", "harmful"]),
+        "ablated: compliance, harmful test": verdicts(ablated["test", "harmful"], "compliance"),
+        "ablated: compliance, harmless test": verdicts(ablated["test", "harmless"], "compliance"),
+        "added: refusal, harmless test": refused(added),
+        "added: well formed, of these": Rate.of(judge(*pair) == "refusal" for pair in added if world.refuses(*pair)),
+        **{f"ablated, skill: {name}": rate for name, rate in skill_accuracy(model, load_skills(), ablation).items()},
+        "ablated: change of loss, harmless test": loss(model, sets["test", "harmless"], ablation)
+        - loss(model, sets["test", "harmless"]),
+    }
+
+
+def controls(model, sets, direction, n_directions=20, n_prompts=100):
+    """Refusal of harmful prompts with each of 20 random directions, as long as the chosen one, ablated."""
+    prompts = sets["test", "harmful"][:n_prompts]
+    repeated, directions = every_pair(prompts, random_directions(n_directions, direction))
+    outcomes = [judge(*pair) == "refusal" for pair in answers(model, repeated, Ablation(directions))]
+    return [Rate.of(outcomes[i:i + n_prompts]) for i in range(0, len(outcomes), n_prompts)]
+
+
+def candidates_of(activations, scores_on, model):
+    """Candidates from activations {side: tensor}, and their scores on the validation prompts."""
+    candidates = difference_in_means(activations["harmful"], activations["harmless"])
+    return candidates, score_candidates(model, candidates, *scores_on)
+
+
+def draws(model, n, seed=0):
+    """`n` draws of 128 + 128 training and 32 + 32 validation prompts, about acts that safety tuning saw."""
+    rng = random.Random(seed)
+    pool = {side: [Instruction(**row) for row in requests(rng, acts, "train", len(acts))]
+            for side, acts in split_acts()["tuning"].items()}
+    for side, prompts in pool.items():
+        metric = refusal_metric(last_logits(model, prompts, batch_size=128), model.refusal_tokens)
+        pool[side] = [p for p, m in zip(prompts, metric) if (m > 0) == (side == "harmful")]
+    streams = {side: residual_stream(model, prompts, batch_size=128) for side, prompts in pool.items()}
+    for _ in range(n):
+        picks = {side: rng.sample(range(len(prompts)), 160) for side, prompts in pool.items()}
+        validation = [[pool[side][i] for i in picks[side][128:]] for side in pool]
+        yield candidates_of({side: streams[side][picks[side][:128]] for side in pool}, validation, model)
+
+
+def plain(value):
+    """A figure as JSON: a Rate becomes [successes, n]."""
+    if isinstance(value, Rate):
+        return [value.successes, value.n]
+    return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else \
+        [plain(v) for v in value] if isinstance(value, list) else value
+
+
+def measure(folder, n_draws=10):
+    """Everything on the card, for one model."""
+    model = load_model(str(folder))
+    sets = {(split, side): load_instructions(split, side) for split in ("test", "heldout") for side in ("harmful", "harmless")}
+    card = {"behaviour": behaviour(model, sets)}
+    train, val = ([load_instructions(split, side) for side in ("harmful", "harmless")] for split in ("train", "val"))
+    streams = dict(zip(("harmful", "harmless"), (residual_stream(model, prompts, batch_size=128) for prompts in train)))
+    candidates, scores = candidates_of(streams, val, model)
+    card["shipped sample"] = mechanism(model, sets, candidates, scores)
+    chosen = candidates[select_direction(scores)]
+    card["random directions ablated: refusal, harmful test"] = controls(model, sets, chosen)
+    card["draws"] = []
+    for candidates, scores in tqdm(draws(model, n_draws), total=n_draws, desc="draws"):
+        row = mechanism(model, sets, candidates, scores)
+        row["cosine with the shipped direction"] = torch.cosine_similarity(
+            candidates[row["layer"], model.positions.index(row["position"])], chosen, dim=0).item()
+        card["draws"].append(row)
+    return plain(card)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=HERE / "organism" / "chat")
+    parser.add_argument("--seed", type=int, default=0, help="the seed that the model was trained with")
+    args = parser.parse_args()
+    card = measure(args.folder)
+    path = HERE / "organism" / "cards" / f"seed-{args.seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
