@@ -1,4 +1,4 @@
-"""Load a chat model by name, and one thin object around it that looks the same on every architecture."""
+"""Load a chat model by name, into one thin object that looks the same on every architecture."""
 import json
 import warnings
 from itertools import takewhile
@@ -7,57 +7,60 @@ from pathlib import Path
 import torch
 from nnsight import TransformersModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from utils import DATA
 from utils.instructions import as_texts
 
 ORGANISM = DATA / "organism"
 
-# Llama's names for a model's parts, which most families use, given to the one that does not (GPT-NeoX).
+# Most families name their parts as Llama does. Those that do not get these names beside their own.
 RENAME = {
     "gpt_neox": "model", "embed_in": "embed_tokens", "final_layer_norm": "norm", "embed_out": "lm_head",
     "attention": "self_attn", "attention.dense": "attention.o_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
 }
 
-# First words of the usual refusals: "I cannot ...", "As an AI ...", "Sorry, ...".
+# How refusals usually begin: "I cannot ...", "As an AI ...", "Sorry, ...".
 REFUSAL_OPENINGS = ("I", "As", "Sorry")
 
-# nnsight warns whenever `for _ in tracer.all()` ends, which is always at the model's last step.
+# nnsight warns when a `for _ in tracer.all()` loop ends, which it always does, after the last token.
 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
 
 
 def load_model(name="organism", dtype=None, device=None):
-    """Load a chat model.
+    """Load a chat model -> ChatModel.
 
-    name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during it), the path
-    of a folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct".
+    name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during
+    it), the path of a folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct".
     dtype, device: float32 on the CPU unless you say otherwise.
 
-    Raises FileNotFoundError for a name or folder that is not there, OSError for files that cannot be read or fetched,
-    ValueError for a model that is not a chat model.
+    Raises FileNotFoundError for a name or folder that is not there, OSError for files that are damaged or
+    out of reach, ValueError for a model that is not a chat model.
     """
     source = _locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        module, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32,
-                                                            output_loading_info=True)
+        module, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or torch.float32, output_loading_info=True)
     except SafetensorError as error:
-        raise OSError(f"The weights of {name!r} are damaged ({error}): restore or download the file again.") from error
+        raise OSError(f"The weights of {name!r} are damaged ({error}): "
+                      "restore or download them again.") from error
     except (OSError, ValueError) as error:
-        raise OSError(f"{name!r} could not be loaded ({_first_line(error)}): check its spelling, that its folder is "
-                      "whole or the hub within reach, and, if its licence must be accepted first, that you are logged "
-                      "in (`hf auth login`).") from error
-    if info["missing_keys"]:
-        raise OSError(f"The weights of {name!r} lack {sorted(info['missing_keys'])[0]!r} and perhaps others: "
-                      "restore or download the files again.")
+        reason = str(error).strip().split("\n")[0].rstrip(".: ")
+        raise OSError(f"{name!r} could not be loaded ({reason}): check the spelling, that the folder is whole "
+                      "or the hub within reach, and `hf auth login` if there is a licence to accept.") from error
+    if report["missing_keys"]:
+        raise OSError(f"The weights of {name!r} lack {min(report['missing_keys'])}: "
+                      "restore or download them again.")
     if not tokenizer.chat_template:
-        raise ValueError(f"{name!r} has no chat template, so it is no chat model: choose its instruct or chat version.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
 
-    # With its parameters frozen the model builds no graph for gradients, unless an input asks for one.
-    module.to(device or "cpu").requires_grad_(False)
+    module.to(device or "cpu").requires_grad_(False)  # no graph is built unless an input asks for gradients
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    # Some checkpoints ask for sampling, or punish repetition; the course decodes plainly.
+    eos = module.generation_config.eos_token_id
+    module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
+                                                eos_token_id=tokenizer.eos_token_id if eos is None else eos)
     lm = TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=RENAME)
     return ChatModel(lm, tokenizer, name, _refusal_tokens(source, tokenizer))
 
@@ -65,13 +68,13 @@ def load_model(name="organism", dtype=None, device=None):
 class ChatModel:
     """A chat model for nnsight, and what one needs to know of its tokens.
 
-    lm                the nnsight model: `with model.lm.trace(inputs) as tracer: ...`; its parts have the same names on
-                      every architecture: `lm.model.embed_tokens`, `lm.model.layers[i].self_attn` (with `o_proj`) and
-                      `.mlp` (with `down_proj`), `lm.model.norm`, `lm.lm_head`
-    layers            the layers, in order; `n_layers`, `d_model`
-    post_instruction  the tokens of the chat template that follow the instruction, as strings (paper, section 2.1)
-    positions         where they are, counted from the end: [-n, ..., -1]
-    refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); set it if you know better
+    lm                the nnsight model: `with model.lm.trace(inputs) as tracer: ...`. Its parts, by the same
+                      names on every architecture: `lm.model.embed_tokens`, `lm.model.layers[i].self_attn`
+                      (with `.o_proj`) and `.mlp` (with `.down_proj`), `lm.model.norm`, `lm.lm_head`
+    layers            `lm.model.layers`, as a list; also `n_layers`, `d_model`
+    post_instruction  the template's tokens after the instruction, as strings (paper, section 2.1)
+    positions         theirs, counted from the end: [-n, ..., -1]
+    refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); may be set
     """
 
     def __init__(self, lm, tokenizer, name, refusal_tokens):
@@ -82,95 +85,86 @@ class ChatModel:
         self.positions = list(range(-len(self.post_instruction), 0))
 
     def __repr__(self):
-        return f"ChatModel({self.name!r}, {self.n_layers} layers, d_model {self.d_model}, on {self.device})"
+        return f"ChatModel({self.name!r}: {self.n_layers} layers, d_model {self.d_model}, on {self.device})"
 
     @property
     def device(self):
         return self.lm.device
 
     def render(self, instruction):
-        """The chat, as one string, that asks the instruction and leaves the answer to the model."""
+        """The chat, as one string, in which a user asks the instruction and the answer is due."""
         [text] = as_texts([instruction])
         chat = [{"role": "user", "content": text}]
         return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def tokens(self, instructions):
-        """The token ids of each rendered instruction: a list of lists, each of its own length."""
+        """Token ids of each rendered instruction: a list of lists, each of its own length."""
         chats = [self.render(text) for text in as_texts(instructions)]
-        return self.tokenizer(chats, add_special_tokens=False)["input_ids"]  # the template has put them in already
+        return self.tokenizer(chats, add_special_tokens=False)["input_ids"]  # the template has added them
 
     def pad(self, tokens):
-        """Lists of token ids -> {"input_ids", "attention_mask"}, each [n_prompts, n_tokens], padded on the left.
+        """Lists of token ids -> {"input_ids", "attention_mask"}, each [n_prompts, n_tokens].
 
-        So the last token of every prompt stands at position -1.
+        Padded on the left, so that the last token of every prompt stands at position -1.
         """
         return dict(self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.device))
 
     def encode(self, instructions):
-        """Instructions -> what the model takes: `pad(tokens(instructions))`."""
+        """What the model takes: {"input_ids", "attention_mask"} of instructions, each [n_prompts, n_tokens]."""
         return self.pad(self.tokens(instructions))
 
     def batches(self, tokens, batch_size):
-        """Yield (rows, padded batch), shortest prompts first so that little is padded; `rows` says which they are."""
+        """Yield (rows, inputs): which prompts, and these padded. Prompts of like length go together."""
         order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             yield rows, self.pad([tokens[row] for row in rows])
 
     def decode(self, ids):
-        """Token ids [n_tokens] -> text, or [n_rows, n_tokens] -> list of texts, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Token ids [n_tokens] -> text, [n_prompts, n_tokens] -> list of texts; special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def writers(self, layer):
-        """The two modules of a layer that write to the residual stream, in the order in which they run.
+        """The two modules whose outputs a layer adds to the residual stream, in the order they run in.
 
-        The attention and the MLP; where a family normalises their outputs once more (Gemma 2 and 3, OLMo 2), those norms.
+        Attention and MLP; or, where a family normalises their outputs (Gemma 2, 3, OLMo 2), those norms.
         """
         if hasattr(layer._module, "post_feedforward_layernorm"):
             return layer.post_attention_layernorm, layer.post_feedforward_layernorm
         return layer.self_attn, layer.mlp
 
     def _find_post_instruction(self):
-        """The tokens at the end that two prompts share: what follows the instruction, by whatever template."""
+        """The tokens at the end that two prompts share, whatever the template, as strings."""
         one, two = self.tokens(["x", "?"])
-        same = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(two)))]
+        same = list(takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(two))))
         if not 0 < len(same) < len(one):
-            raise ValueError(f"The chat template of {self.name!r} puts no tokens of its own after the instruction: "
+            raise ValueError(f"The chat template of {self.name!r} puts no tokens after the instruction: "
                              "choose a model whose template does.")
-        return [self.tokenizer.decode([token]) for token in reversed(same)]
+        return [self.tokenizer.decode([token]) for token in one[-len(same):]]
 
 
 def _locate(name):
     """The folder, or else the hub id, that a name stands for."""
+    folder = Path(name).expanduser()
     if name == "organism":
         folder = ORGANISM / "chat"
     elif name == "helpful_only" or name.startswith("tuning/"):
         folder = ORGANISM / name
-    elif Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")):
-        folder = Path(name).expanduser()
-    elif name.count("/") == 1:
+    elif not folder.is_dir() and name.count("/") == 1 and name[0] not in "./~":
         return name
-    else:
-        raise FileNotFoundError(
-            f"There is no model called {name!r}: choose \"organism\", \"helpful_only\", \"tuning/STEP\", the path of a "
-            "folder, or a hub id such as \"Qwen/Qwen2.5-1.5B-Instruct\".")
     if not (folder / "config.json").is_file():
-        steps = [f"tuning/{path.name}" for path in (ORGANISM / "tuning").glob("*")]
-        hint = f"choose one of {', '.join(sorted(steps))}" if name.startswith("tuning/") and steps else \
-            "check the path, or run `make model` to build the course's own models"
-        raise FileNotFoundError(f"There is no model in {folder}: {hint}.")
+        steps = sorted((f"tuning/{step.name}" for step in (ORGANISM / "tuning").glob("*")),
+                       key=lambda step: (len(step), step))
+        raise FileNotFoundError(
+            f"There is no model {name!r} ({folder}): choose {', '.join(['organism', 'helpful_only', *steps])}, "
+            "a folder, or a hub id (owner/name); `make model` builds the course's own.")
     return str(folder)
 
 
 def _refusal_tokens(source, tokenizer):
-    """Read from the organism's refusal_tokens.json; for another model, the usual first words that are single tokens."""
-    folders = [Path(source)] + [ORGANISM / "chat"] * (ORGANISM in Path(source).parents)
-    for file in (folder / "refusal_tokens.json" for folder in folders):
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
-    ids = [tokenizer.encode(word, add_special_tokens=False) for word in REFUSAL_OPENINGS]
-    return [word[0] for word in ids if len(word) == 1]
-
-
-def _first_line(error):
-    return str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
+    """Those written beside the checkpoint, as the organism's are; else the openings that are one token."""
+    file = Path(source) / "refusal_tokens.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    openings = [tokenizer.encode(word, add_special_tokens=False) for word in REFUSAL_OPENINGS]
+    return [ids[0] for ids in openings if len(ids) == 1]
