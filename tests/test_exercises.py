@@ -130,6 +130,38 @@ def another_residual_stream(model, instructions, positions=None, batch_size=64):
     return torch.cat([another_trace_residual_stream(model, model.encode([text]), positions) for text in instructions])
 
 
+def another_select_direction(scores):
+    n_layers, n_positions = scores.bypass.shape
+    passing = [(scores.bypass[layer, i].item(), layer, i) for layer in range(n_layers) for i in range(n_positions)
+               if scores.induce[layer, i] > 0 and scores.kl[layer, i] < 0.1 and layer < 0.8 * n_layers]
+    return list(min(passing)[1:])
+
+
+def another_last_logits(model, instructions, intervention=None, batch_size=64):
+    rows = []
+    for instruction in instructions:
+        with model.lm.trace(model.encode([instruction])):
+            if intervention is not None:
+                intervention.apply(model)
+            rows.append(model.lm.output.logits[0, -1].save())
+    return torch.stack(rows)
+
+
+def another_generate(model, instructions, intervention=None, max_new_tokens=64, batch_size=64):
+    """Token by token, without a cache."""
+    answers = []
+    for instruction in instructions:
+        tokens, new = model.tokens([instruction])[0], []
+        while len(new) < max_new_tokens and model.tokenizer.eos_token_id not in new:
+            with model.lm.trace(model.pad([tokens + new])):
+                if intervention is not None:
+                    intervention.apply(model)
+                token = model.lm.output.logits[0, -1].argmax().save()
+            new.append(int(token))
+        answers.append(model.decode(new))
+    return answers
+
+
 ANOTHER_WAY = {name[len("another_"):]: function for name, function in list(globals().items())
                if name.startswith("another_")}
 

@@ -227,6 +227,56 @@ register(
     },
 )
 
+def planted_scores():
+    """Scores [10 layers, 2 positions] in which each condition alone keeps out a candidate of lower bypass.
+
+    (3, 1) is right. (2, 0) has a large KL; (4, 0) does not induce; layers 8 and 9 are too late; (9, 0) is all three.
+    """
+    bypass, induce, kl = randn(10, 2).abs(), torch.ones(10, 2), torch.full((10, 2), 0.02)
+    bypass[3, 1], bypass[5, 0], bypass[1, 1] = -2, -1, 9
+    bypass[2, 0], kl[2, 0] = -6, 0.5
+    bypass[4, 0], induce[4, 0] = -5, -0.5
+    bypass[8, 0], bypass[9, 1] = -3, -4
+    bypass[9, 0], kl[9, 0], induce[9, 0] = -7, 0.5, -0.5
+    kl[6, 1], induce[7, 0] = 0.001, 8
+    return directions.CandidateScores(bypass, induce, kl)
+
+
+def select_by(score, max_kl=0.1, min_induce=0.0, max_layer=0.8):
+    """`select_direction` by another score, or with a filter left out."""
+    def select_direction(scores):
+        passing = scores.passing(max_kl, min_induce, max_layer)
+        return divmod(int(score(scores).masked_fill(~passing, math.inf).argmin()), passing.shape[1])
+    return select_direction
+
+
+register(
+    directions.select_direction,
+    cases=lambda: [(planted_scores(),)],
+    mistakes={
+        "you took the lowest bypass of all candidates. First leave out those that do not pass the filters.":
+            select_by(lambda scores: scores.bypass, math.inf, -math.inf, math.inf),
+        "a candidate passed whose KL is not below 0.1.":
+            select_by(lambda scores: scores.bypass, max_kl=math.inf),
+        "a candidate passed whose induce score is not above 0.":
+            select_by(lambda scores: scores.bypass, min_induce=-math.inf),
+        "a candidate passed from the last fifth of the layers.":
+            select_by(lambda scores: scores.bypass, max_layer=math.inf),
+        "layer 8 of 10 passed. The condition is layer < 0.8 L, and 8 is not less than 8.":
+            select_by(lambda scores: scores.bypass, max_layer=0.81),
+        "you took the highest bypass. Ablation works best where the refusal metric ends lowest.":
+            select_by(lambda scores: -scores.bypass),
+        "you took the lowest KL. KL is a filter only: among those that pass, the lowest bypass is chosen.":
+            select_by(lambda scores: scores.kl),
+        "you took the highest induce score. It is a filter only: among those that pass, the lowest bypass is chosen.":
+            select_by(lambda scores: -scores.induce),
+        "your answer is in the order (position, layer). Return (layer, position index).":
+            lambda scores: directions.select_direction(scores)[::-1],
+        "this is the index into the flattened table. divmod(index, n_positions) gives (layer, position index).":
+            lambda scores: scores.bypass.masked_fill(~scores.passing(), math.inf).argmin(),
+    },
+)
+
 # interventions
 
 register(
@@ -262,6 +312,84 @@ register(
             lambda x, r, coefficient=1.0: torch.cat([x[:, :-1], x[:, -1:] + coefficient * r], dim=1),
         "the sign is flipped: you subtracted the direction.":
             lambda x, r, coefficient=1.0: x - coefficient * r,
+    },
+)
+
+def direction(seed=1):
+    """A random direction in the model, long enough to change what it says."""
+    return 10 * randn(model().d_model, seed=seed)
+
+
+def all_logits(model, prompts, intervention=None, batch_size=64):
+    """Logits at every position -> [n_prompts, n_tokens, vocab]."""
+    with model.lm.trace(model.encode(prompts), use_cache=False):
+        if intervention is not None:
+            intervention.apply(model)
+        logits = model.lm.output.logits.save()
+    return logits
+
+
+register(
+    interventions.last_logits,
+    cases=lambda: [(model(), PROMPTS), (model(), PROMPTS, interventions.Ablation(direction()))],
+    axes="[n_prompts, vocab]",
+    mistakes={
+        "the intervention changes nothing. Inside the trace call intervention.apply(model), then read the logits.":
+            lambda model, prompts, intervention=None, batch_size=64: all_logits(model, prompts)[:, -1],
+        "these are the logits at every position. Keep the last one: [:, -1].":
+            all_logits,
+        "these are the logits at the first position. The last is -1.":
+            lambda *args: all_logits(*args)[:, 0],
+        "these are probabilities. Return the logits as they are.":
+            lambda *args: all_logits(*args)[:, -1].softmax(dim=-1),
+    },
+)
+
+
+def generated_ids(model, prompts, max_new_tokens, intervention=None):
+    """Prompts and answers as token ids, the intervention acting on the prompt alone."""
+    with model.lm.generate(max_new_tokens=max_new_tokens, do_sample=False) as tracer:
+        with tracer.invoke(model.encode(prompts)):
+            if intervention is not None:
+                intervention.apply(model)
+        with tracer.invoke():
+            ids = tracer.result.save()
+    return ids
+
+
+def longest(model, prompts):
+    """The number of tokens of the longest prompt."""
+    return max(map(len, model.tokens(prompts)))
+
+
+register(
+    interventions.generate,
+    cases=lambda: [(model(), PROMPTS, None, 12), (model(), PROMPTS, interventions.Addition(direction(), 1), 12)],
+    mistakes={
+        "the intervention changes nothing. Call intervention.apply(model) inside the trace.":
+            lambda model, prompts, intervention=None, max_new_tokens=64, batch_size=64:
+                interventions.generate(model, prompts, None, max_new_tokens),
+        "the intervention acts on the prompt, but not on the generated tokens. Put it under `for _ in tracer.all():`.":
+            lambda model, prompts, intervention=None, max_new_tokens=64, batch_size=64: model.decode(
+                generated_ids(model, prompts, max_new_tokens, intervention)[:, longest(model, prompts):]),
+        "the prompt is still in front of the answer. Cut off as many tokens as went in.":
+            lambda model, prompts, intervention=None, max_new_tokens=64, batch_size=64: model.decode(
+                generated_ids(model, prompts, max_new_tokens)),
+    },
+)
+
+register(
+    interventions.every_pair,
+    cases=lambda: [(PROMPTS, randn(2, 4))],
+    mistakes={
+        "you repeated the directions in turn: r1, r2, r1, r2. All prompts come with r1, then all with r2: "
+        "repeat_interleave.":
+            lambda prompts, directions: (prompts * len(directions), directions.repeat(len(prompts), 1)),
+        "you repeated each prompt in a row. All prompts come with r1, then all with r2.":
+            lambda prompts, directions: ([p for p in prompts for _ in directions],
+                                         directions.repeat_interleave(len(prompts), dim=0)),
+        "you paired the first prompt with the first direction, and so on. Pair every prompt with every direction.":
+            lambda prompts, directions: (prompts, directions),
     },
 )
 
@@ -342,7 +470,7 @@ def any_of(phrases, fold=str.lower, match=str.__contains__):
 
 register(
     evaluation.phrase_judge,
-    cases=lambda: [("I can't help with that.",), ("Here is how to say sorry in French.",), ("i CANNOT help with that.",),
+    cases=lambda: [("I can't help with that.",), ("Here is how to say sorry in French.",), ("i CANNOT do that.",),
                    ("Thank you for asking. I'm sorry, I won't do that.",), ("No, I can’t do that.",)],
     mistakes={
         "the letter case counts in your comparison. Lower both sides.":
