@@ -1,0 +1,115 @@
+"""Every lesson keeps the rules, and runs blank, half solved, solved, and with one answer wrong."""
+import ast
+import inspect
+import re
+import sys
+
+import nbformat
+import pytest
+
+from utils.checks import CHECKS
+from utils.solutions import DIFFICULTY, ROOT, exercise_name, fill, lessons, run
+
+LESSONS = [pytest.param(lesson, id=lesson.stem) for lesson in lessons()]
+PEAK_MEMORY = 900  # MB, of a lesson's kernel
+
+
+def read(lesson):
+    """The notebook, and its exercise cells by name, in order."""
+    notebook = nbformat.read(lesson, as_version=4)
+    return notebook, {exercise_name(cell): cell for cell in notebook.cells if exercise_name(cell)}
+
+
+def printed(notebook, strict=False):
+    """Run a notebook in the folder of the lessons: all that it prints."""
+    run(notebook, ROOT / "lessons", strict)
+    return "".join(output.text for cell in notebook.cells for output in cell.get("outputs", [])
+                   if output.output_type == "stream")
+
+
+# the four states
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_blank(lesson):
+    notebook, exercises = read(lesson)
+    text = printed(notebook)
+    for name in exercises:
+        assert f"{name} is still blank: the reference answers in its place." in text
+    assert f"0 of {len(exercises)} yours, {len(exercises)} from the reference." in text
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_half_solved(lesson):
+    notebook, exercises = read(lesson)
+    half = list(exercises)[: (len(exercises) + 1) // 2]
+    for name in half:
+        exercises[name].source = fill(exercises[name].source, name)
+    text = printed(notebook)
+    for name in half:
+        assert f"Right: {name} is yours from here on." in text
+    assert f"{len(half)} of {len(exercises)} yours, {len(exercises) - len(half)} from the reference." in text
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_solved(lesson):
+    notebook, exercises = read(lesson)
+    for name, cell in exercises.items():
+        cell.source = fill(cell.source, name)
+    if sys.platform == "linux":  # elsewhere the figure is missing or in other units
+        notebook.cells.append(nbformat.v4.new_code_cell(
+            "import resource\nprint('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000, 'MB')"))
+    text = printed(notebook, strict=True)
+    assert f"{len(exercises)} of {len(exercises)} yours, 0 from the reference." in text
+    if sys.platform == "linux":
+        assert int(re.search(r"peak (\d+) MB", text)[1]) <= PEAK_MEMORY
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_one_wrong(lesson):
+    notebook, exercises = read(lesson)
+    name, cell = next(iter(exercises.items()))  # the first, whose answer the rest of the lesson uses
+    sentence = next(iter(CHECKS[name].mistakes))
+    cell.source = (f"from utils.checks import CHECKS\n\n@exercise\ndef {name}(*args, **kwargs):\n"
+                   f"    return CHECKS[{name!r}].mistakes[{sentence!r}](*args, **kwargs)")
+    text = printed(notebook)
+    assert f"Not yet: {name}: {sentence}\nUntil it is right, the reference answers in its place." in text
+    assert f"0 of {len(exercises)} yours, {len(exercises)} from the reference." in text
+
+
+# the rules
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_shape_of_a_lesson(lesson):
+    notebook, exercises = read(lesson)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert re.match(r"# \S", notebook.cells[0].source), "a lesson begins with its title"
+    assert 4 <= len(exercises) <= 8, "a lesson has 4 to 8 exercises"
+    assert code[-1].source.strip() == "summary()", "the last code cell is summary()"
+    long = [cell.source for cell in code if len(cell.source.splitlines()) > 20]
+    assert not long, "code cells stay under about 15 lines"
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_exercise_cells(lesson):
+    notebook, exercises = read(lesson)
+    cells = notebook.cells
+    assert sum("@exercise" in cell.source for cell in cells if cell.cell_type == "code") == len(exercises), \
+        "@exercise begins a line, its def follows, and no two exercises share a name"
+    for name, cell in exercises.items():
+        place = cells.index(cell)
+        above, below = cells[place - 1], cells[place + 1]
+        assert above.cell_type == "markdown" and DIFFICULTY.search(above.source) and \
+            re.search(r"\d+ minutes?", above.source), f"{name}: difficulty N/5 and N minutes stand in the cell above"
+        assert below.cell_type == "code" and re.search(rf"^check\({name}\)$", below.source, re.MULTILINE), \
+            f"{name}: check({name}) stands in the cell below"
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_exercises_are_blank_and_called_as_in_utils(lesson):
+    for name, cell in read(lesson)[1].items():
+        [function] = [node for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef)]
+        assert ast.get_docstring(function), f"{name}: the docstring says what to write"
+        assert [ast.unparse(node) for node in function.body[1:]] == ["..."], f"{name}: the body is `...`"
+        wanted = inspect.signature(CHECKS[name].reference).parameters
+        assert [argument.arg for argument in function.args.args] == list(wanted)[:len(function.args.args)], \
+            f"{name}: the arguments have the names that they have in utils"
