@@ -1,0 +1,57 @@
+# `make` lists what there is. The first call installs the course into .venv; later ones start at once.
+PYTHON ?= python3
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+# In containers one is often root, which Jupyter refuses unless told.
+ROOT_OPTION := $(if $(filter 0,$(shell id -u)),--allow-root)
+LESSONS := $(wildcard lessons/*.ipynb)
+SOLUTIONS := $(wildcard solutions/*.ipynb)
+
+# One thread in each process: the tests run two at a time.
+test: export OMP_NUM_THREADS = 1
+
+.PHONY: help lab test solutions model strip clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make lab        open the course in JupyterLab"
+	@echo "make test       install all that the tests need, and run them"
+	@echo "make solutions  build solutions/ from lessons/ and utils/, and run them"
+	@echo "make model      make the instructions, the tokenizer and the model organism from nothing (an hour)"
+	@echo "make strip      remove the outputs from lessons/, as they are committed"
+	@echo "make clean      remove .venv and caches"
+
+lab: .venv/course
+	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/lessons/00_meet_the_model.ipynb $(ROOT_OPTION)
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(if $(LESSONS),$(BIN)/nbstripout --verify --keep-id $(LESSONS))
+	$(BIN)/python -m utils.solutions --check
+	$(BIN)/python -m pytest -n 2 tests
+	$(if $(LESSONS),$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+		-n 2 --dist loadfile $(LESSONS) $(SOLUTIONS))
+
+solutions: .venv/dev
+	$(BIN)/python -m utils.solutions
+
+model: .venv/course
+	$(BIN)/python data/make_model.py
+
+strip: .venv/dev
+	$(BIN)/nbstripout --keep-id $(LESSONS)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The empty files .venv/course and .venv/dev stand for what is installed.
+.venv/course: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+		{ echo "The course needs Python 3.10 or later: make ... PYTHON=/path/to/it"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "On Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+.venv/dev: .venv/course
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
