@@ -35,6 +35,7 @@ solutions: .venv/dev
 	$(BIN)/python -m utils.solutions
 
 model: .venv/course
+	$(BIN)/python data/make_instructions.py
 	$(BIN)/python data/make_model.py
 
 strip: .venv/dev
