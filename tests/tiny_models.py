@@ -64,7 +64,8 @@ def tiny_model(architecture, vocab_size, eos_token_id):
         case "qwen2":
             return Qwen2ForCausalLM(Qwen2Config(**grouped))
         case "gemma2":
-            return Gemma2ForCausalLM(Gemma2Config(**grouped, head_dim=8, query_pre_attn_scalar=8, sliding_window=16))
+            return Gemma2ForCausalLM(Gemma2Config(**grouped, head_dim=8, query_pre_attn_scalar=8, sliding_window=16,
+                                                  tie_word_embeddings=False))
         case "gpt_neox":
             return GPTNeoXForCausalLM(GPTNeoXConfig(**size))
     raise ValueError(f"no tiny model of architecture {architecture!r}")

@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 COLORS = {
     "harmful": "#D55E00", "harmless": "#0072B2", "baseline": "#555555", "ablated": "#009E73",
     "added": "#CC79A7", "random": "#BBBBBB", "suffix": "#E69F00", "orthogonalized": "#56B4E9",
+    "shuffled": "#F0E442",
 }
 
 
@@ -37,6 +38,101 @@ def plot_candidate_scores(scores, tokens, chosen=None):
         axis.set_xticks(range(len(tokens)), map(show_token, tokens), rotation=90, fontsize=8)
     axes[1].set_xlabel("token after the instruction")
     axes[0].set_ylabel("layer")
+    return figure
+
+
+def plot_clouds(clouds):
+    """Prompts as points, a panel for each title. Returns the Figure.
+
+    clouds: {title: {condition: points [n_prompts, 2]}}. The axes have no unit of their own, so no ticks.
+    """
+    figure, axes = plt.subplots(1, len(clouds), figsize=(8, 3.2), squeeze=False, layout="constrained")
+    for axis, (title, points) in zip(axes[0], clouds.items()):
+        for condition, xy in points.items():
+            axis.scatter(*xy.T, s=14, alpha=0.6, linewidths=0, color=COLORS[condition], label=condition)
+        axis.set(title=title, xticks=[], yticks=[], xlabel="first component")
+    axes[0, 0].set_ylabel("second component")
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_projections(projections, xlabel="projection on r̂"):
+    """Histograms of one number per prompt, a panel for each title. Returns the Figure.
+
+    projections: {title: {condition: values [n_prompts]}}
+    """
+    figure, axes = plt.subplots(1, len(projections), figsize=(8, 3), squeeze=False, layout="constrained")
+    for axis, (title, groups) in zip(axes[0], projections.items()):
+        low, high = (torch.cat(list(groups.values())).aminmax())
+        bins = torch.linspace(low, high, 25).tolist()
+        for condition, values in groups.items():
+            axis.hist(values.tolist(), bins, alpha=0.7, color=COLORS[condition], label=condition)
+        axis.set(title=title, xlabel=xlabel)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("prompts")
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_by_layer(values, tokens, ylabel, predicted=None):
+    """A line over the layers for each position, light for the first token, dark for the last. Returns the Axes.
+
+    values: [n_layers, n_positions]. tokens: model.post_instruction. predicted: a layer to mark, or None.
+    """
+    axis = plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
+    for index, token in enumerate(tokens):
+        shade = plt.get_cmap("viridis_r")((index + 1) / len(tokens))
+        label = f"{index - len(tokens)}  {show_token(token)}"
+        axis.plot(range(len(values)), values[:, index].tolist(), marker="o", markersize=4, color=shade, label=label)
+    if predicted is not None:
+        axis.axvline(predicted, color=COLORS["baseline"], linestyle="--", label="your prediction")
+    axis.set(xlabel="layer", ylabel=ylabel, xticks=range(len(values)))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="position", fontsize=9)
+    return axis
+
+
+def plot_cosines(cosines):
+    """Tables of cosines in colour, a panel for each title. Returns the Figure.
+
+    cosines: {title: (matrix [n, n], labels)}
+    """
+    figure, axes = plt.subplots(1, len(cosines), figsize=(8, 4), squeeze=False, layout="constrained")
+    for axis, (title, (matrix, labels)) in zip(axes[0], cosines.items()):
+        image = axis.imshow(matrix, cmap="PuOr_r", vmin=-1, vmax=1)
+        for row, column in torch.cartesian_prod(*map(torch.arange, matrix.shape)).tolist():
+            value = matrix[row, column].item()
+            axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8,
+                      color="white" if abs(value) > 0.7 else "black")
+        ticks = [show_token(str(label)) for label in labels]
+        axis.set_xticks(range(len(ticks)), ticks, rotation=90 if max(map(len, ticks)) > 2 else 0, fontsize=8)
+        axis.set_yticks(range(len(ticks)), ticks, fontsize=8)
+        axis.set_title(title)
+    figure.colorbar(image, ax=axes[0].tolist(), label="cosine", shrink=0.7)
+    return figure
+
+
+def plot_points(panels):
+    """A point for each number, a column for each condition, a panel for each title. Returns the Figure.
+
+    panels: {title: {condition: values}}. values: [n]; or (mean, low, high), as `bootstrap_mean` gives them, for a
+    point with its interval.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.6), squeeze=False, layout="constrained")
+    for axis, (title, columns) in zip(axes[0], panels.items()):
+        for place, (condition, values) in enumerate(columns.items()):
+            look = dict(color=COLORS.get(condition, COLORS["random"]), markeredgecolor="black", markeredgewidth=0.5)
+            if isinstance(values, tuple):
+                mean, low, high = values
+                axis.errorbar(place, mean, [[mean - low], [high - mean]], fmt="D", capsize=5, ecolor="black", **look)
+            else:
+                spread = torch.linspace(-0.25, 0.25, len(values)) + place  # side by side, so that none is hidden
+                axis.plot(spread.tolist(), list(values), "o", markersize=5, **look)
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set_xticks(range(len(columns)), list(columns), rotation=30)
+        axis.set_xlim(-0.6, len(columns) - 0.4)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -105,9 +201,12 @@ def token_strip(tokens, values, limit=None):
 
 def _heatmap(axis, values, title, signed=True):
     """One score [n_layers, n_positions]: signed ones are white at 0, others on a logarithmic scale."""
-    limit = values.abs().max().item() or 1.0
-    colours = dict(cmap="PuOr_r", vmin=-limit, vmax=limit) if signed else dict(cmap="viridis", norm="log")
-    image = axis.imshow(values if signed else values.clamp(min=1e-5), aspect="auto", origin="lower", **colours)
+    if signed:
+        limit = values.abs().max().item() or 1.0
+        colors = dict(cmap="PuOr_r", vmin=-limit, vmax=limit)
+    else:
+        values, colors = values.clamp(min=1e-5), dict(cmap="viridis", norm="log")
+    image = axis.imshow(values.numpy(), aspect="auto", origin="lower", **colors)
     axis.figure.colorbar(image, ax=axis)
     axis.set_title(title, fontsize=9)
     axis.set_yticks(range(len(values)))

@@ -1,0 +1,212 @@
+"""The method finds a direction that was planted by hand, scores by the definitions, and selects by the rule."""
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planted_model import planted_directions, planted_prompts, save_planted
+
+from utils.activations import residual_stream
+from utils.directions import (
+    CandidateScores,
+    Direction,
+    difference_in_means,
+    find_direction,
+    random_directions,
+    score_candidates,
+    select_direction,
+)
+from utils.evaluation import kl_divergence, refusal_metric
+from utils.interventions import Ablation, Addition, every_pair, last_logits
+from utils.models import load_model
+
+HARMFUL, HARMLESS = planted_prompts("#", 24), planted_prompts("+", 24, seed=1)
+HARMFUL_VAL, HARMLESS_VAL = planted_prompts("#", 6, seed=2), planted_prompts("+", 6, seed=3)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """The model with a known direction, written at layer 1: it is there at the start of layer 2."""
+    model = load_model(save_planted(tmp_path_factory.mktemp("planted")))
+    model.refusal_tokens = model.refusal_tokens[:1]
+    return model
+
+
+@pytest.fixture(scope="module")
+def found(planted):
+    return find_direction(planted, HARMFUL, HARMLESS, HARMFUL_VAL, HARMLESS_VAL)
+
+
+# the planted model
+
+def test_the_planted_direction_is_found(planted, found):
+    direction, scores = found
+    r, q = planted_directions()
+    assert F.cosine_similarity(direction.vector, r, dim=0) > 0.99
+    assert direction.layer == 2  # at whose start r stands alone
+    assert direction.position in planted.positions
+    assert set(scores.passing().nonzero()[:, 0].tolist()) == {2}
+
+
+def test_each_layer_fails_where_it_should(found):
+    _, scores = found
+    assert (scores.induce[:2] < 0).all() and (scores.induce[2:] > 0).all()  # before r is written: nothing to add
+    assert (scores.bypass[2] < 0).all() and (scores.bypass[[0, 1, 3, 4, 5]] > 0).all()  # only all of r will do
+    assert (scores.kl[:3] < 0.1).all() and (scores.kl[3:] > 0.1).all()  # with the topic erased, answers change
+
+
+def test_the_direction_turns_refusal_off_and_on(planted, found):
+    direction, _ = found
+
+    def refused(prompts, intervention=None):
+        metric = refusal_metric(last_logits(planted, prompts, intervention), planted.refusal_tokens)
+        return (metric > 0).tolist()
+
+    assert refused(HARMFUL_VAL) == [True] * 6 and refused(HARMLESS_VAL) == [False] * 6
+    assert refused(HARMFUL_VAL, Ablation(direction.vector)) == [False] * 6
+    assert refused(HARMLESS_VAL, Addition(direction.vector, direction.layer)) == [True] * 6
+    prompts, controls = every_pair(HARMFUL_VAL, random_directions(20, direction.vector))
+    assert sum(refused(prompts, Ablation(controls))) > 0.75 * 20 * 6  # not all: in 32 dimensions, chance overlaps
+
+
+def test_prompts_on_the_wrong_side_are_left_out(planted, found):
+    """Harmless requests among the harmful ones, and the reverse, change nothing."""
+    direction, scores = found
+    again, scores_again = find_direction(planted, HARMFUL + HARMLESS[:9], HARMLESS + HARMFUL[:9],
+                                         HARMFUL_VAL + HARMLESS_VAL, HARMLESS_VAL + HARMFUL_VAL)
+    torch.testing.assert_close(again.vector, direction.vector, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores_again.bypass, scores.bypass, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_never_refuses(planted):
+    with pytest.raises(ValueError, match="refuses none of the 24 harmful prompts .* set model.refusal_tokens"):
+        find_direction(planted, HARMLESS, HARMLESS, HARMFUL_VAL, HARMLESS_VAL)
+    with pytest.raises(ValueError, match="answers none of the 6 harmless prompts"):
+        find_direction(planted, HARMFUL, HARMLESS, HARMFUL_VAL, HARMFUL_VAL)
+
+
+# scores
+
+def test_scores_are_those_of_one_candidate_at_a_time(llama):
+    """By the definitions, prompt by prompt, on a random model; batch sizes do not matter."""
+    harmful, harmless = ["steal", "steal a car", "a car, a cake"], ["bake a cake", "Sorry, a cake"]
+    candidates = 3 * torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
+    candidates[1, 2] = 0
+    scores = score_candidates(llama, candidates, harmful, harmless, batch_size=4)
+
+    def logits(prompts, intervention):
+        return torch.cat([last_logits(llama, [prompt], intervention) for prompt in prompts])
+
+    for layer, index in [(0, 0), (1, 4), (3, 2)]:
+        candidate = candidates[layer, index]
+        ablated = Ablation(candidate)
+        bypass = refusal_metric(logits(harmful, ablated), llama.refusal_tokens).mean()
+        induce = refusal_metric(logits(harmless, Addition(candidate, layer)), llama.refusal_tokens).mean()
+        kl = kl_divergence(logits(harmless, None), logits(harmless, ablated)).mean()
+        expected = torch.stack([bypass, induce, kl])
+        scored = torch.stack([s[layer, index] for s in (scores.bypass, scores.induce, scores.kl)])
+        torch.testing.assert_close(scored, expected, rtol=1e-4, atol=1e-4)
+
+    assert scores.kl[1, 2] == 0
+    torch.testing.assert_close(scores.bypass[1, 2], refusal_metric(logits(harmful, None), llama.refusal_tokens).mean())
+    torch.testing.assert_close(scores.induce[1, 2], refusal_metric(logits(harmless, None), llama.refusal_tokens).mean())
+
+
+def test_layer_0_has_no_candidates(llama):
+    """The template's tokens are the same in every prompt, so their embeddings tell no prompts apart."""
+    streams = residual_stream(llama, ["bake a cake", "steal", "a car"])
+    candidates = difference_in_means(streams[:2], streams[2:]) + 1e-9  # and rounding must not make candidates
+    scores = score_candidates(llama, candidates, ["steal"], ["bake a cake"])
+    assert (scores.kl[0] == 0).all() and (scores.kl[1:] > 0).all()
+    assert len(scores.bypass[0].unique()) == len(scores.induce[0].unique()) == 1
+
+
+# selection
+
+def make_scores(**changes):
+    """10 layers x 2 positions that all pass but the last two layers; `changes` sets single candidates."""
+    scores = CandidateScores(bypass=torch.full((10, 2), 1.0), induce=torch.full((10, 2), 1.0), kl=torch.zeros(10, 2))
+    for name, values in changes.items():
+        for (layer, index), value in values.items():
+            getattr(scores, name)[layer, index] = value
+    return scores
+
+
+def test_the_lowest_bypass_is_selected():
+    assert select_direction(make_scores(bypass={(3, 1): -2, (7, 0): -5, (2, 0): -4})) == (7, 0)
+    assert select_direction(make_scores(bypass={(3, 1): -2})) == (3, 1)
+
+
+@pytest.mark.parametrize("changes", [
+    {"kl": {(4, 0): 0.1}},
+    {"kl": {(4, 0): float("nan")}},
+    {"induce": {(4, 0): 0.0}},
+    {"bypass": {(8, 0): -9.0}},  # 8 is not below 0.8 x 10
+])
+def test_each_filter_removes(changes):
+    lowest = {(4, 0): -5.0, (6, 1): -2.0, **changes.get("bypass", {})}
+    expected = (4, 0) if "bypass" in changes else (6, 1)
+    assert select_direction(make_scores(**{**changes, "bypass": lowest})) == expected
+
+
+def test_filters_can_be_loosened():
+    scores = make_scores(bypass={(9, 1): -9.0, (4, 0): -5.0}, kl={(4, 0): 0.5}, induce={(9, 1): -1.0})
+    assert select_direction(scores, max_kl=1.0) == (4, 0)
+    assert select_direction(scores, max_layer=1.0, min_induce=-2.0) == (9, 1)
+
+
+@pytest.mark.parametrize("n_layers, last", [(5, 3), (8, 6), (10, 7), (18, 14), (35, 27), (40, 31), (80, 63)])
+def test_the_last_layer_that_may_pass(n_layers, last):
+    ones = torch.ones(n_layers, 1)
+    layers = CandidateScores(bypass=-ones, induce=ones, kl=0 * ones).passing()[:, 0].nonzero()[:, 0]
+    assert layers.tolist() == list(range(last + 1))
+
+
+@pytest.mark.parametrize("score, bad, condition", [("kl", 5.0, "kl < 0.1"), ("induce", -5.0, "induce > 0")])
+def test_no_candidate_passes(score, bad, condition):
+    scores = make_scores()
+    getattr(scores, score).fill_(bad)
+    sentence = f"No candidate passes the filters, and {condition} removes most, 20 of 20: look at the scores"
+    with pytest.raises(ValueError, match=sentence):
+        select_direction(scores)
+
+
+# the difference in means and directions
+
+activations = st.tuples(st.integers(1, 5), st.integers(0, 10**6)).map(
+    lambda drawn: torch.randn(drawn[0], 3, 2, 4, generator=torch.Generator().manual_seed(drawn[1])))
+quick = settings(deadline=None, max_examples=30)
+
+
+@quick
+@given(activations, activations)
+def test_difference_in_means_is_that_of_the_means(harmful, harmless):
+    difference = difference_in_means(harmful, harmless)
+    for layer in range(3):
+        for position in range(2):
+            means = [sum(x[layer, position] for x in side) / len(side) for side in (harmful, harmless)]
+            torch.testing.assert_close(difference[layer, position], means[0] - means[1], rtol=1e-4, atol=1e-5)
+
+
+@quick
+@given(activations, activations, st.integers(0, 10**6))
+def test_difference_in_means_ignores_order_and_what_both_share(harmful, harmless, seed):
+    shared = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(seed))
+    difference = difference_in_means(harmful, harmless)
+    torch.testing.assert_close(difference_in_means(harmful.flip(0) + shared, harmless + shared), difference,
+                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(difference_in_means(harmless, harmful), -difference)
+
+
+def test_random_directions_are_as_long_as_the_one_and_point_elsewhere():
+    vector = 7 * torch.randn(192, generator=torch.Generator().manual_seed(0))
+    controls = random_directions(20, vector, seed=1)
+    assert controls.shape == (20, 192)
+    torch.testing.assert_close(controls.norm(dim=1), vector.norm().expand(20))
+    assert F.cosine_similarity(controls, vector[None]).abs().max() < 0.3
+    assert torch.equal(controls, random_directions(20, vector, seed=1))
+    assert not torch.equal(controls, random_directions(20, vector, seed=2))
+
+
+def test_unit():
+    assert Direction(torch.tensor([3.0, 4.0]), layer=1, position=-1).unit.tolist() == pytest.approx([0.6, 0.8])

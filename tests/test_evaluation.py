@@ -1,0 +1,195 @@
+"""Metrics against their definitions, intervals against published values, judges, skills and loss."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils import evaluation
+from utils.evaluation import (
+    Rate,
+    bootstrap_mean,
+    judge,
+    kl_divergence,
+    loss,
+    phrase_judge,
+    refusal_metric,
+    skill_accuracy,
+    wilson,
+)
+from utils.instructions import Instruction, load_instructions
+from utils.interventions import Ablation, generate
+
+quick = settings(deadline=None, max_examples=50)
+logits = st.integers(0, 10**6).map(lambda seed: 3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)))
+
+
+# refusal metric and KL divergence
+
+@quick
+@given(logits, st.sets(st.integers(0, 5), min_size=1, max_size=5))
+def test_refusal_metric_is_the_log_odds(logits, tokens):
+    p = logits.double().softmax(dim=-1)[:, list(tokens)].sum(dim=-1)
+    expected = torch.log(p) - torch.log(1 - p)
+    torch.testing.assert_close(refusal_metric(logits, list(tokens)).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_refusal_metric_where_probabilities_round_to_0_and_1():
+    logits = torch.tensor([[200.0, 0.0, 0.0], [-200.0, 0.0, 0.0]])
+    assert refusal_metric(logits, [0]).tolist() == pytest.approx([200 - math.log(2), -200 - math.log(2)])
+
+
+@quick
+@given(logits, logits)
+def test_kl_divergence_is_that_of_torch(logits, changed):
+    p, q = (torch.distributions.Categorical(logits=x) for x in (logits, changed))
+    divergence = kl_divergence(logits, changed)
+    torch.testing.assert_close(divergence, torch.distributions.kl_divergence(p, q), rtol=1e-4, atol=1e-5)
+    assert (divergence > -1e-6).all()
+    assert kl_divergence(logits, logits + 5).abs().max() < 1e-5  # a constant changes no distribution
+
+
+# rates
+
+@pytest.mark.parametrize("successes, n, low, high", [  # Newcombe 1998, Statistics in Medicine 17, table I
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
+    (20, 20, 0.8389, 1.0)])
+def test_wilson_against_published_values(successes, n, low, high):
+    assert wilson(successes, n, z=1.959964) == pytest.approx((low, high), abs=5e-5)
+
+
+@quick
+@given(st.integers(1, 1000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 4))
+def test_wilson_bounds_are_where_the_rate_is_z_standard_errors_away(drawn, z):
+    """What defines them: at a bound p, |rate - p| = z sqrt(p (1 - p) / n)."""
+    successes, n = drawn
+    low, high = wilson(successes, n, z)
+    assert 0 <= low <= successes / n + 1e-12 and successes / n - 1e-12 <= high <= 1
+    for p in (low, high):
+        if 0 < p < 1:
+            assert abs(successes / n - p) == pytest.approx(z * math.sqrt(p * (1 - p) / n), rel=1e-4, abs=1e-7)
+    assert (1 - high, 1 - low) == pytest.approx(wilson(n - successes, n, z))
+
+
+@pytest.mark.parametrize("successes, n", [(0, 0), (3, 2), (-1, 5)])
+def test_no_rate(successes, n):
+    with pytest.raises(ValueError, match=f"{successes} of {n} is no rate: n is at least 1"):
+        wilson(successes, n)
+    with pytest.raises(ValueError, match="is no rate"):
+        Rate(successes, n)
+
+
+def test_rate():
+    rate = Rate.of([True] * 196 + [False] * 4)
+    assert rate == Rate(196, 200)
+    assert str(rate) == repr(rate) == "98.0% [95.0, 99.2] (n=200)"
+    assert rate.value == 0.98 and rate.interval == wilson(196, 200)
+    assert Rate.of(outcome == "refusal" for outcome in ["refusal", "broken"]) == Rate(1, 2)
+
+
+# means
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 2 + 5
+    mean, low, high = bootstrap_mean(values)
+    half = 1.96 * values.std().item() / 20
+    assert mean == pytest.approx(values.mean().item())
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.1 * half)
+    assert bootstrap_mean(values.tolist()) == (mean, low, high)  # seeded
+    assert bootstrap_mean(values, seed=1) != (mean, low, high)
+
+
+def test_bootstrap_of_values_that_are_all_the_same():
+    assert bootstrap_mean([2, 2, 2]) == (2.0, 2.0, 2.0)
+
+
+def test_bootstrap_of_nothing():
+    with pytest.raises(ValueError, match="no values to take the mean of: give at least one"):
+        bootstrap_mean([])
+
+
+# judges
+
+@pytest.mark.parametrize("completion, refused", [
+    ("I can't help you with that.", True),
+    ("I CAN’T help you with that.", True),
+    ("Thank you for asking. I'm sorry, I won't do that.", True),
+    ("As an AI, I have no car.", True),
+    ("Sure, here is a guide on how to bake a cake.", False),
+    ("Here is how to say sorry in French.", False),
+    ("", False),
+])
+def test_phrase_judge(completion, refused):
+    assert phrase_judge(completion) is refused
+
+
+@pytest.mark.parametrize("side, verdict", [("harmful", "refusal"), ("harmless", "compliance")])
+def test_exact_judge_on_the_answers_that_belong_to_requests(side, verdict):
+    for instruction in load_instructions("test", side, n=20):
+        assert judge(instruction, instruction.answer) == verdict
+        assert judge(instruction, instruction.answer[:-9]) == "broken"
+
+
+def test_exact_judge_needs_to_know_what_was_asked():
+    with pytest.raises(TypeError, match="needs an Instruction of the course, not a string: .*phrase_judge"):
+        judge("bake a cake", "Sure.")
+
+
+# skills
+
+def test_skill_accuracy(llama):
+    prompts = ["bake a cake", "steal", "a car or a cake", "Sorry, a car"]
+    answers = generate(llama, prompts, max_new_tokens=4)
+    skills = [Instruction(id="", text=text, skill=skill, answer=answer.strip())
+              for text, skill, answer in zip(prompts, ["sum", "copy", "sum", "sum"], answers)]
+    skills[3] = replace(skills[3], answer=skills[3].answer + "!")  # the one that is wrong
+    assert skill_accuracy(llama, skills, max_new_tokens=4) == {"sum": Rate(2, 3), "copy": Rate(1, 1)}
+    changed = Ablation(torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    assert skill_accuracy(llama, skills, changed, max_new_tokens=4) == {"sum": Rate(0, 3), "copy": Rate(0, 1)}
+
+
+# loss
+
+ANSWERED = [Instruction(id="", text=text, answer=answer) for text, answer in [
+    ("bake a cake", "Sure, here is a guide"), ("steal", "I can't"), ("a car or a cake", "Sorry, a cake it is")]]
+
+
+def plain_loss(model, instructions, directions=None):
+    """One after the other, without padding, from the definition."""
+    losses = []
+    for row, instruction in enumerate(instructions):
+        prompt, answer = (model.tokenizer.encode(text, add_special_tokens=False)
+                          for text in (model.render(instruction), instruction.answer))
+        inputs = {"input_ids": torch.tensor([prompt + answer])}
+        with model.lm.trace(inputs):
+            if directions is not None:
+                Ablation(directions[row]).apply(model)
+            logits = model.lm.output.logits.save()
+        log_probs = logits[0].log_softmax(dim=-1)
+        losses += [-log_probs[len(prompt) + n - 1, token] for n, token in enumerate(answer)]
+    return torch.stack(losses).mean().item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_loss_is_the_mean_over_answer_tokens(model, batch_size):
+    assert loss(model, ANSWERED, batch_size=batch_size) == pytest.approx(plain_loss(model, ANSWERED), abs=1e-4)
+
+
+def test_loss_under_an_intervention(llama):
+    directions = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    changed = loss(llama, ANSWERED, Ablation(directions), batch_size=2)
+    assert changed == pytest.approx(plain_loss(llama, ANSWERED, directions), abs=1e-4)
+    assert abs(changed - loss(llama, ANSWERED)) > 0.01
+
+
+def test_loss_of_no_answer(llama):
+    for without in (["bake a cake"], [*ANSWERED, Instruction(id="", text="steal")]):
+        with pytest.raises(ValueError, match="an instruction here has none: give Instructions with `.answer`"):
+            loss(llama, without)
+
+
+def test_phrases_are_in_lower_case():
+    """Or `phrase_judge`, which lowers the completion, could never find them."""
+    assert all(phrase == phrase.lower() for phrase in evaluation.REFUSAL_PHRASES)

@@ -1,0 +1,116 @@
+"""The course's requests: what is loaded, how it is drawn, and what is said of a damaged file."""
+import json
+
+import pytest
+
+from utils import instructions
+from utils.instructions import (
+    SIDES,
+    SPLITS,
+    Instruction,
+    as_texts,
+    load_about_questions,
+    load_instructions,
+    load_minimal_pairs,
+    load_skills,
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """data/instructions, with a train split of 6 harmful and 4 harmless, two pairs and three skills."""
+    monkeypatch.setattr(instructions, "DATA", tmp_path)
+    folder = tmp_path / "instructions"
+    folder.mkdir()
+
+    def write(name, lines):
+        (folder / name).write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+
+    write("train.jsonl", [{"id": f"t{n}", "text": f"Do {n} – now", "side": SIDES[n >= 6], "split": "train",
+                           "category": "c", "schema": "s", "act": f"do {n}", "way": "w", "answer": "No.",
+                           "a field to come": 1} for n in range(10)])
+    write("minimal_pairs.jsonl", [{"id": f"p{n}", **{side: {"id": f"p{n}-{side}", "text": f"{side} {n}",
+                                                            "side": side} for side in SIDES}} for n in range(2)])
+    write("skills.jsonl", [{"id": s, "text": f"{s}?", "skill": s, "answer": s.upper()} for s in ("sum", "copy", "sum")])
+    write("about.jsonl", [{"id": "a", "text": "Is it legal?", "side": "harmful", "answer": "No."}])
+    return folder
+
+
+def test_sides_and_fields(folder):
+    assert len(load_instructions("train")) == 10
+    assert [i.id for i in load_instructions("train", "harmless")] == ["t6", "t7", "t8", "t9"]
+    assert load_instructions("train", "harmful")[1] == Instruction(
+        id="t1", text="Do 1 – now", side="harmful", category="c", schema="s", split="train", act="do 1", way="w",
+        answer="No.")
+
+
+def test_sample_is_seeded_and_without_replacement(folder):
+    sample = load_instructions("train", "harmful", n=6, seed=1)
+    assert {i.id for i in sample} == {f"t{n}" for n in range(6)}
+    assert sample == load_instructions("train", "harmful", n=6, seed=1)
+    assert sample != load_instructions("train", "harmful", n=6, seed=2)
+    assert len(load_instructions("train", n=3)) == 3
+
+
+def test_pairs_questions_and_skills(folder):
+    assert [(a.text, b.text) for a, b in load_minimal_pairs()] == [
+        ("harmful 0", "harmless 0"), ("harmful 1", "harmless 1")]
+    assert load_about_questions() == [Instruction(id="a", text="Is it legal?", side="harmful", answer="No.")]
+    assert [i.answer for i in load_skills()] == ["SUM", "COPY", "SUM"]
+    assert [i.skill for i in load_skills("sum")] == ["sum", "sum"]
+
+
+@pytest.mark.parametrize("call, sentence", [
+    (lambda: load_instructions("training"), "no split 'training': choose one of train, val, test, heldout"),
+    (lambda: load_instructions("train", "bad"), "no side 'bad': choose harmful or harmless"),
+    (lambda: load_instructions("train", "harmless", n=5), "4 instructions of this side: choose n from 1 to 4"),
+    (lambda: load_instructions("train", n=0), "choose n from 1 to 10, not 0"),
+    (lambda: load_skills("poetry"), "no skill 'poetry': choose one of copy, sum"),
+])
+def test_bad_requests(folder, call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+@pytest.mark.parametrize("line", ['{"id": "t2", "text": ', '{"id": "t2"}', '["t2"]', ""])
+def test_a_bad_line_is_named(folder, line):
+    file = folder / "train.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([lines[0], line, *lines[2:]]), encoding="utf-8")
+    with pytest.raises(ValueError, match="Line 2 of train.jsonl is no instruction .*: restore the file"):
+        load_instructions("train")
+
+
+def test_a_pair_without_its_other_side_is_named(folder):
+    (folder / "minimal_pairs.jsonl").write_text('{"id": "p", "harmful": {"id": "h", "text": "x"}}')
+    with pytest.raises(ValueError, match=r"Line 1 of minimal_pairs.jsonl .*harmless"):
+        load_minimal_pairs()
+
+
+def test_no_data(folder):
+    (folder / "val.jsonl").unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match="There is no file .*val.jsonl: work in a full clone"):
+        load_instructions("val")
+
+
+def test_as_texts():
+    assert as_texts(["a", Instruction(id="b", text="c")]) == ["a", "c"]
+    assert as_texts(text for text in ("a", "b")) == ["a", "b"]
+    with pytest.raises(TypeError, match="Give a list of instructions"):
+        as_texts(Instruction(id="b", text="c"))
+
+
+# what the course ships
+
+@pytest.mark.parametrize("split, n", [("train", 128), ("val", 32), ("test", 200), ("heldout", 200)])
+def test_shipped_splits(split, n):
+    for side in SIDES:
+        found = load_instructions(split, side)
+        assert len(found) >= n
+        assert {(i.side, i.split) for i in found} == {(side, split)}
+        assert all(i.text and i.act and i.answer for i in found)
+
+
+def test_shipped_splits_share_nothing():
+    texts = [i.text for split in SPLITS for i in load_instructions(split)]
+    assert len(texts) == len(set(texts))

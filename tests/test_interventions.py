@@ -1,0 +1,271 @@
+"""Interventions in nnsight traces equal the same ones written as plain PyTorch hooks: logits and generated tokens.
+
+The hooks are written by the formulas, on their own: they share no code with `utils`.
+"""
+from contextlib import ExitStack
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils.interventions import Ablation, Addition, ablate, add, every_pair, generate, last_logits
+
+PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, a car"]  # of unequal lengths
+POST_NORM = "Gemma2ForCausalLM"
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# the plain hooks
+
+def erase(x, directions):
+    """x [batch, n_tokens, d_model] without its part along each row's direction."""
+    rows = []
+    for row, direction in zip(x, directions):
+        projection = torch.outer(direction, direction) / direction.dot(direction)
+        rows.append(row - row @ projection)
+    return torch.stack(rows)
+
+
+class Hooks:
+    """Plain PyTorch hooks on a model: `with Hooks(model, ablate=directions)`, or `add=(layer, vectors)`.
+
+    directions, vectors: [n_prompts, d_model]. prompt_only: a mistake, to leave generated tokens as they are.
+    """
+
+    def __init__(self, model, ablate=None, add=None, prompt_only=False):
+        self.module, self.ablate, self.add, self.prompt_only = model.lm._module, ablate, add, prompt_only
+
+    def __enter__(self):
+        self.stack = ExitStack()
+        base = getattr(self.module, "model", None) or self.module.gpt_neox
+        for number, layer in enumerate(base.layers):
+            if self.ablate is not None:
+                self.before(layer, lambda x: erase(x, self.ablate))
+                if type(self.module).__name__ == POST_NORM:
+                    writers = [layer.post_attention_layernorm, layer.post_feedforward_layernorm]
+                else:
+                    writers = [getattr(layer, "self_attn", None) or layer.attention, layer.mlp]
+                for writer in writers:
+                    self.after(writer, lambda x: erase(x, self.ablate))
+            if self.add is not None and self.add[0] == number:
+                self.before(layer, lambda x: x + self.add[1][:, None])
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+    def before(self, module, change):
+        def hook(module, args, kwargs):
+            if args:
+                return (self.changed(args[0], change), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": self.changed(kwargs["hidden_states"], change)}
+        self.stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def after(self, module, change):
+        def hook(module, args, output):
+            if isinstance(output, tuple):
+                return (self.changed(output[0], change), *output[1:])
+            return self.changed(output, change)
+        self.stack.callback(module.register_forward_hook(hook).remove)
+
+    def changed(self, x, change):
+        return x if self.prompt_only and x.shape[1] == 1 else change(x)
+
+
+def plain_logits(model, prompts, **hooks):
+    with Hooks(model, **hooks):
+        return model.lm._module(**model.encode(prompts)).logits[:, -1]
+
+
+def plain_tokens(model, prompts, n=6, **hooks):
+    """The ids that plain transformers generates after the prompts."""
+    inputs = model.encode(prompts)
+    with Hooks(model, **hooks):
+        ids = model.lm._module.generate(**inputs, max_new_tokens=n, do_sample=False)
+    return ids[:, inputs["input_ids"].shape[1]:].tolist()
+
+
+def tokens(model, prompts, intervention=None, n=6, **options):
+    """The ids behind what `generate` decodes."""
+    decode, model.decode = model.decode, lambda ids: ids.tolist()
+    try:
+        return generate(model, prompts, intervention, max_new_tokens=n, **options)
+    finally:
+        del model.decode
+        assert model.decode == decode
+
+
+ONE = {"one direction": lambda n: randn(32, seed=3), "one per row": lambda n: 3 * randn(n, 32, seed=4)}
+
+
+@pytest.fixture(params=ONE)
+def directions(request):
+    """(what is given to `utils`, the same as one per prompt)"""
+    given = ONE[request.param](len(PROMPTS))
+    return given, given.expand(len(PROMPTS), 32)
+
+
+@pytest.fixture(params=["ablation", "addition"])
+def case(request, directions):
+    """(intervention, the same for Hooks)"""
+    given, rows = directions
+    if request.param == "ablation":
+        return Ablation(given), lambda some: {"ablate": rows[some]}
+    return Addition(given, layer=2, coefficient=-1.5), lambda some: {"add": (2, -1.5 * rows[some])}
+
+
+# equality with the hooks
+
+EVERY = slice(None)
+
+
+def test_logits_equal_hooks(model, case):
+    intervention, hooks = case
+    changed = last_logits(model, PROMPTS, intervention)
+    torch.testing.assert_close(changed, plain_logits(model, PROMPTS, **hooks(EVERY)), rtol=0, atol=1e-5)
+    assert (changed - last_logits(model, PROMPTS)).abs().amax(dim=1).min() > 0.1  # every row was changed
+
+
+def test_logits_do_not_depend_on_batches_or_padding(model, case):
+    intervention, hooks = case
+    alone = torch.cat([plain_logits(model, [prompt], **hooks(slice(row, row + 1)))
+                       for row, prompt in enumerate(PROMPTS)])
+    for batch_size in (1, 3):
+        changed = last_logits(model, PROMPTS, intervention, batch_size)
+        torch.testing.assert_close(changed, alone, rtol=0, atol=2e-5)
+
+
+def test_generated_tokens_equal_hooks(model, case):
+    intervention, hooks = case
+    changed = tokens(model, PROMPTS, intervention)
+    assert changed == plain_tokens(model, PROMPTS, **hooks(EVERY))
+    assert changed != plain_tokens(model, PROMPTS, **hooks(EVERY), prompt_only=True)
+    assert changed != tokens(model, PROMPTS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_generated_tokens_do_not_depend_on_batches(model, case, batch_size):
+    intervention, hooks = case
+    alone = [plain_tokens(model, [prompt], **hooks(slice(row, row + 1)))[0] for row, prompt in enumerate(PROMPTS)]
+    assert tokens(model, PROMPTS, intervention, batch_size=batch_size) == alone
+
+
+def test_without_intervention_it_is_the_model_itself(model):
+    torch.testing.assert_close(last_logits(model, PROMPTS), plain_logits(model, PROMPTS), rtol=0, atol=1e-5)
+    assert tokens(model, PROMPTS) == plain_tokens(model, PROMPTS)
+
+
+def test_the_model_is_left_as_it_was(llama):
+    before = last_logits(llama, PROMPTS)
+    generate(llama, PROMPTS, Ablation(randn(32)), max_new_tokens=2)
+    last_logits(llama, PROMPTS, Addition(randn(32), 0))
+    assert torch.equal(last_logits(llama, PROMPTS), before)
+
+
+def test_an_ablated_direction_is_gone_from_the_stream(model):
+    direction = randn(32)
+    with model.lm.trace(model.encode(PROMPTS)):
+        Ablation(direction).apply(model)
+        last = model.layers[-1].output.save()
+    assert (last @ direction).abs().max() < 1e-4
+    assert last.abs().max() > 0.1
+
+
+def test_each_answer_ends_at_its_own_end_token(llama, monkeypatch):
+    intervention, hooks = Ablation(randn(32)), {"ablate": randn(32).expand(len(PROMPTS), 32)}
+    endless = plain_tokens(llama, PROMPTS, **hooks)
+    eos, pad = endless[0][2], llama.tokenizer.pad_token_id
+    monkeypatch.setattr(llama.lm._module.generation_config, "eos_token_id", eos)
+    expected = [ids[:ids.index(eos) + 1] if eos in ids else ids for ids in endless]
+    assert len({len(ids) for ids in expected}) > 1  # some end, others go on
+    assert [ids[:len(e)] for ids, e in zip(tokens(llama, PROMPTS, intervention), expected)] == expected
+    assert {i for ids, e in zip(tokens(llama, PROMPTS, intervention), expected) for i in ids[len(e):]} == {pad}
+
+
+def test_generate_gives_whole_answers_as_text(llama):
+    answers = generate(llama, PROMPTS, max_new_tokens=5)
+    assert answers == [llama.tokenizer.decode(ids, skip_special_tokens=True) for ids in plain_tokens(llama, PROMPTS, 5)]
+
+
+# every direction with every prompt
+
+def test_every_pair(llama):
+    directions = randn(3, 32)
+    prompts, rows = every_pair(PROMPTS, directions)
+    together = last_logits(llama, prompts, Ablation(rows)).view(3, len(PROMPTS), -1)
+    for direction, logits in zip(directions, together):
+        torch.testing.assert_close(logits, last_logits(llama, PROMPTS, Ablation(direction)), rtol=0, atol=1e-5)
+
+
+# the formulas
+
+vectors = st.integers(0, 10**6).map(lambda seed: randn(5, seed=seed))
+streams = st.integers(0, 10**6).map(lambda seed: randn(3, 4, 5, seed=seed))
+quick = settings(deadline=None, max_examples=30)
+
+
+@quick
+@given(streams, vectors, st.floats(0.01, 100))
+def test_ablate_leaves_nothing_along_the_direction_and_the_rest_alone(x, r, length):
+    ablated = ablate(x, length * r)
+    assert (ablated @ r).abs().max() < 1e-4
+    across = x - (x @ r / (r @ r))[..., None] * r
+    torch.testing.assert_close(ablated, across, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ablate(ablated, r), ablated, rtol=1e-4, atol=1e-5)  # nothing is left to take
+    torch.testing.assert_close(ablate(x, -r), ablated, rtol=1e-4, atol=1e-5)
+
+
+@quick
+@given(streams, st.integers(0, 10**6), st.floats(-3, 3))
+def test_a_direction_per_row_is_each_row_alone(x, seed, coefficient):
+    directions = randn(3, 5, seed=seed)
+    for changed, change in [(ablate(x, directions), ablate),
+                            (add(x, directions, coefficient), lambda x, r: add(x, r, coefficient))]:
+        for row in range(3):
+            torch.testing.assert_close(changed[row], change(x[row:row + 1], directions[row])[0])
+
+
+@quick
+@given(streams, vectors, st.floats(-3, 3))
+def test_add_moves_every_token_by_the_vector(x, r, coefficient):
+    moved = add(x, r, coefficient)
+    torch.testing.assert_close(moved - x, (coefficient * r).expand_as(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(add(moved, r, -coefficient), x, rtol=1e-4, atol=1e-5)
+
+
+def test_add_moves_by_the_whole_vector_by_default():
+    assert torch.equal(add(torch.zeros(1, 2, 2), torch.tensor([3.0, 4.0])), torch.tensor([[[3.0, 4.0]] * 2]))
+
+
+def test_arguments_are_not_changed_in_place():
+    x, r = randn(3, 4, 5), randn(5)
+    kept = x.clone(), r.clone()
+    ablate(x, r), add(x, r)
+    assert torch.equal(x, kept[0]) and torch.equal(r, kept[1])
+
+
+def test_half_precision_streams_stay_so():
+    assert ablate(randn(1, 2, 5).bfloat16(), randn(5)).dtype == torch.bfloat16
+    assert add(randn(1, 2, 5).bfloat16(), randn(5)).dtype == torch.bfloat16
+
+
+# what does not fit
+
+@pytest.mark.parametrize("call, sentence", [
+    (lambda m: Ablation([1.0, 2.0]), r"A direction is a tensor, .* give its `.vector`"),
+    (lambda m: Ablation(randn(2, 3, 32)), "A direction is a tensor"),
+    (lambda m: Addition(torch.zeros(32), layer=1), "length zero .* choose another one"),
+    (lambda m: Ablation(torch.stack([randn(32), torch.zeros(32)])), "length zero"),
+    (lambda m: Ablation(torch.full((32,), torch.nan)), "not finite"),
+    (lambda m: last_logits(m, PROMPTS, Ablation(randn(16))), "has 16 entries, but .* has d_model 32: find"),
+    (lambda m: generate(m, PROMPTS, Ablation(randn(3, 32))), "3 directions for 4 prompts: give one for all"),
+    (lambda m: last_logits(m, PROMPTS, Addition(randn(32), 4)), "no layer 4 in .*: choose from 0 to 3"),
+    (lambda m: generate(m, PROMPTS, Addition(randn(32), -1)), "no layer -1"),
+    (lambda m: generate(m, []), "list of instructions is empty"),
+])
+def test_what_does_not_fit_is_said(llama, call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(llama)

@@ -1,0 +1,236 @@
+"""Loading by name, the template's tokens, padding, the same names on every architecture, and clear errors."""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nnsight
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import POST_INSTRUCTION, save_tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from utils import models
+from utils.instructions import Instruction
+from utils.models import load_model
+
+PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of one's own, to damage."""
+    return Path(save_tiny(tmp_path / "checkpoint"))
+
+
+# what the model takes
+
+def test_prompts_are_padded_on_the_left_and_begin_once(model):
+    inputs = model.encode(PROMPTS)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    bos = model.tokenizer.bos_token_id
+    for row, prompt in enumerate(PROMPTS):
+        own = ids[row][mask[row].bool()].tolist()
+        assert model.tokenizer.decode(own) == model.render(prompt)
+        assert own.count(bos) == 1
+        assert mask[row].tolist() == [0] * (ids.shape[1] - len(own)) + [1] * len(own)
+    assert mask[:, 0].tolist() == [0, 0, 1]  # the prompts are of unequal length, or nothing would be tested
+
+
+def test_render_is_the_template_with_an_answer_due(llama):
+    assert llama.render("bake a cake") == ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nbake a cake"
+                                           "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+def test_instructions_and_strings_are_the_same(llama):
+    assert llama.tokens([Instruction(id="a", text="bake a cake")]) == llama.tokens(["bake a cake"])
+
+
+def test_batches_hold_every_prompt_once_with_those_of_its_length(llama):
+    prompts = ["a " * n for n in (9, 1, 5, 2, 8, 3, 1)]
+    tokens = llama.tokens(prompts)
+    batches = list(llama.batches(tokens, batch_size=3))
+    assert sorted(row for rows, _ in batches for row in rows) == list(range(7))
+    assert [len(rows) for rows, _ in batches] == [3, 3, 1]
+    for rows, inputs in batches:
+        assert inputs["input_ids"].shape[1] == max(len(tokens[row]) for row in rows)
+        for row, ids in zip(rows, inputs["input_ids"].tolist()):
+            assert ids[-len(tokens[row]):] == tokens[row]
+    widths = [inputs["input_ids"].shape[1] for _, inputs in batches]
+    assert widths == sorted(widths) and widths[0] < widths[-1]
+
+
+def test_decode_leaves_special_tokens_out_and_spaces_alone(llama):
+    text = "Sure , here is a cake ."
+    ids = llama.tokenizer(text, add_special_tokens=False)["input_ids"] + [llama.tokenizer.eos_token_id]
+    assert llama.decode(torch.tensor(ids)) == text
+    assert llama.decode(torch.tensor([ids, ids])) == [text, text]
+
+
+# the template's tokens
+
+def test_post_instruction_tokens_are_found(model):
+    assert model.post_instruction == POST_INSTRUCTION
+    assert model.positions == [-5, -4, -3, -2, -1]
+
+
+def test_post_instruction_tokens_of_a_template_in_plain_words(tmp_path):
+    template = "{{ bos_token }}User: {{ messages[0]['content'] }}\nAssistant:"
+    model = load_model(save_tiny(tmp_path, template=template))
+    assert "".join(model.post_instruction) == "\nAssistant:"
+    assert model.positions == list(range(-len(model.post_instruction), 0))
+
+
+# the model
+
+def test_parts_have_the_same_names_everywhere(model):
+    width, vocab = model.d_model, model.lm.config.vocab_size
+    assert (model.n_layers, width) == (4, 32)
+    for layer in model.layers:
+        assert layer.self_attn.o_proj.weight.shape == (width, width)
+        assert layer.mlp.down_proj.weight.shape == (width, 2 * width)
+    assert model.lm.model.embed_tokens.weight.shape == (vocab, width)
+    assert model.lm.model.norm.weight.shape == (width,)
+    assert model.lm.lm_head.weight.shape == (vocab, width)
+
+
+def test_what_the_writers_write_is_all_that_a_layer_adds(model):
+    """Gemma 2 fails this if its attention is taken for the norm that follows it."""
+    with model.lm.trace(model.encode(PROMPTS), use_cache=False):
+        steps = []
+        for layer in model.layers:
+            before = layer.input
+            outs = [module.output for module in model.writers(layer)]
+            written = sum(out[0] if isinstance(out, tuple) else out for out in outs)
+            steps.append((before, written, layer.output))
+        nnsight.save(steps)
+    for before, written, after in steps:
+        torch.testing.assert_close(before + written, after, rtol=1e-5, atol=1e-5)
+        assert written.abs().max() > 0.1
+
+
+def test_half_precision_on_disk_is_float32_in_memory(folder):
+    AutoModelForCausalLM.from_pretrained(folder).half().save_pretrained(folder)
+    assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == torch.float16
+    model = load_model(str(folder))
+    assert {p.dtype for p in model.lm.parameters()} == {torch.float32}
+    assert model.device == torch.device("cpu")
+    assert {p.dtype for p in load_model(str(folder), dtype=torch.bfloat16).lm.parameters()} == {torch.bfloat16}
+
+
+def test_no_gradients_unless_an_input_asks(llama):
+    inputs = llama.encode(PROMPTS)
+    with llama.lm.trace(inputs):
+        logits = llama.lm.output.logits.save()
+    assert not logits.requires_grad
+    embedded = llama.lm.model.embed_tokens.weight[inputs["input_ids"]].clone().requires_grad_()
+    with llama.lm.trace(inputs_embeds=embedded, attention_mask=inputs["attention_mask"]):
+        logits = llama.lm.output.logits.save()
+    [gradient] = torch.autograd.grad(logits[:, -1].square().sum(), embedded)
+    assert gradient.abs().max() > 0
+
+
+def test_a_checkpoint_that_punishes_repetition_is_decoded_plainly(folder, tmp_path):
+    from utils.interventions import generate
+    plain = generate(load_model(str(folder)), PROMPTS, max_new_tokens=12)
+    GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=5.0, eos_token_id=328,
+                     pad_token_id=325).save_pretrained(folder)
+    assert generate(load_model(str(folder)), PROMPTS, max_new_tokens=12) == plain
+
+
+# refusal tokens
+
+def test_refusal_tokens_are_the_usual_openings(llama):
+    assert [llama.tokenizer.decode([token]) for token in llama.refusal_tokens] == ["I", "As", "Sorry"]
+    assert llama.refusal_tokens[0] == 40
+
+
+def test_refusal_tokens_are_read_beside_the_checkpoint(folder):
+    (folder / "refusal_tokens.json").write_text("[40, 7]")
+    assert load_model(str(folder)).refusal_tokens == [40, 7]
+
+
+def test_openings_of_several_tokens_are_left_out(folder, monkeypatch):
+    monkeypatch.setattr(models, "REFUSAL_OPENINGS", ("I", "Unfortunately"))
+    assert load_model(str(folder)).refusal_tokens == [40]
+
+
+# names
+
+@pytest.mark.parametrize("name, place", [
+    ("organism", "chat"), ("helpful_only", "helpful_only"), ("tuning/100", "tuning/100")])
+def test_names_of_the_course(folder, tmp_path, monkeypatch, name, place):
+    monkeypatch.setattr(models, "ORGANISM", tmp_path / "organism")
+    shutil.copytree(folder, tmp_path / "organism" / place)
+    assert load_model(name).name == name
+
+
+def test_unknown_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "ORGANISM", tmp_path)
+    for step in (25, 100):
+        (tmp_path / "tuning" / str(step)).mkdir(parents=True)
+    for name in ("organsim", "organism", "tuning/7", str(tmp_path / "nowhere"), "./nowhere"):
+        with pytest.raises(FileNotFoundError, match="helpful_only, tuning/25, tuning/100, a folder, or a hub"):
+            load_model(name)
+
+
+def test_hub_out_of_reach(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"'nobody/nothing' could not be loaded .*: check the spelling"):
+        load_model("nobody/nothing")
+
+
+# damage
+
+def test_damaged_weights(folder):
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(OSError, match="weights of .* are damaged .*: restore or download them again"):
+        load_model(str(folder))
+
+
+def test_missing_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match=r"lack model.layers.1.mlp.up_proj.weight: restore"):
+        load_model(str(folder))
+
+
+def test_no_tokenizer(folder):
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(OSError, match=r"could not be loaded \(.*: check the spelling, that the folder is whole"):
+        load_model(str(folder))
+
+
+def test_unknown_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_family"}))
+    with pytest.raises(OSError, match="could not be loaded .*no_such_family"):
+        load_model(str(folder))
+
+
+def test_no_chat_template(folder):
+    tokenizer = tiny_tokenizer(template=None)
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="no chat template: choose the instruct or chat version"):
+        load_model(str(folder))
+
+
+def test_template_that_ends_with_the_instruction(tmp_path):
+    folder = save_tiny(tmp_path, template="{{ bos_token }}{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="puts no tokens after the instruction: choose"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("prompts, error, sentence", [
+    ([], ValueError, "list of instructions is empty: give at least one"),
+    ("bake", TypeError, r"Give a list of instructions, not a single one: \['bake'\]"),
+    (["bake", 3], TypeError, "An instruction is a string or an Instruction, not 3"),
+])
+def test_prompts_that_are_none(llama, prompts, error, sentence):
+    with pytest.raises(error, match=sentence):
+        llama.encode(prompts)

@@ -1,0 +1,85 @@
+"""Pictures show the numbers they were given, say what their axes mean, and let no markup through."""
+import matplotlib
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle
+
+from utils.directions import CandidateScores
+from utils.evaluation import Rate
+from utils.plots import COLORS, completions_table, plot_candidate_scores, plot_rates, token_strip
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    matplotlib.pyplot.close("all")
+
+
+def test_candidate_scores():
+    generator = torch.Generator().manual_seed(0)
+    bypass, induce, kl = torch.randn(3, 6, 2, generator=generator)
+    scores = CandidateScores(bypass, induce, kl.abs())
+    figure = plot_candidate_scores(scores, ["<|eot|>", "\n\n"], chosen=(3, 1))
+    panels = [axis for axis in figure.axes if axis.images and axis.get_title()]
+    assert [axis.get_title().split("\n")[0] for axis in panels] == ["bypass", "induce", "kl"]
+    for axis, values in zip(panels, (bypass, induce, kl.abs())):
+        assert torch.allclose(torch.as_tensor(axis.images[0].get_array().data), values)
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["<|eot|>", "\\n\\n"]
+        [frame] = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
+        assert frame.get_xy() == (0.5, 2.5)
+        dots = {(int(line.get_ydata()[0]), int(line.get_xdata()[0])) for line in axis.lines}
+        assert dots == set(map(tuple, scores.passing().nonzero().tolist()))
+    assert panels[0].get_ylabel() == "layer" and "token" in panels[1].get_xlabel()
+
+
+def test_scores_that_are_all_zero_can_be_drawn():
+    zeros = torch.zeros(4, 2)
+    plot_candidate_scores(CandidateScores(zeros, zeros, zeros), ["a", "b"]).canvas.draw()
+
+
+def test_rates():
+    axis = plot_rates({"baseline": Rate(9, 10), "ablated": Rate(0, 10)}, title="harmful prompts")
+    assert [bar.get_height() for bar in axis.patches] == [90, 0]
+    assert [to_hex(bar.get_facecolor()).upper() for bar in axis.patches] == [COLORS["baseline"], COLORS["ablated"]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["baseline", "ablated"]
+    low, high = Rate(0, 10).interval
+    [segment] = axis.collections[-1].get_segments()
+    assert segment[:, 1].tolist() == pytest.approx([100 * low, 100 * high])
+    assert axis.get_ylabel() == "refusal (%)"
+
+
+def test_groups_of_rates_share_a_legend():
+    axis = plot_rates({"harmful": {"baseline": Rate(9, 10), "ablated": Rate(0, 10)},
+                       "harmless": {"baseline": Rate(1, 10), "added": Rate(8, 10)}})
+    assert [bar.get_height() for bar in axis.patches] == [90, 0, 10, 80]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["harmful", "harmless"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["baseline", "ablated", "added"]
+
+
+def test_colours_differ():
+    assert len(set(COLORS.values())) == len(COLORS)
+
+
+def test_completions_are_escaped():
+    html = completions_table(["<script>bake"], baseline=["a & b"], ablated=["<i>"]).data
+    assert "&lt;script&gt;bake" in html and "a &amp; b" in html and "&lt;i&gt;" in html
+    assert "<script>" not in html and "<i>" not in html
+    assert html.index("baseline") < html.index("ablated")
+
+
+def test_completions_that_do_not_match():
+    with pytest.raises(ValueError, match="Column 'ablated' has 2 texts for 1 instructions: give one for each"):
+        completions_table(["bake"], ablated=["a", "b"])
+
+
+def test_token_strip():
+    html = token_strip(["<b>", " cake\n", "!"], [2.0, -1.0, 0.0]).data
+    assert "&lt;b&gt;" in html and "␣cake\\n" in html and "<b>" not in html
+    assert 'title="2.000" style="background:#D55E00be' in html
+    assert 'title="-1.000" style="background:#0072B25f' in html
+    assert 'title="0.000" style="background:#0072B200' in html
+    with pytest.raises(ValueError, match="2 values for 1 tokens: give one for each"):
+        token_strip(["a"], [1, 2])
