@@ -10,7 +10,8 @@ from acts import CLASSES, SCHEMAS, all_acts  # noqa: E402
 from utils import world  # noqa: E402
 
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Austria": "Vienna", "Greece": "Athens",
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Austria": "Vienna",
+    "Greece": "Athens",
     "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Denmark": "Copenhagen", "Poland": "Warsaw",
     "Portugal": "Lisbon", "Ireland": "Dublin", "Hungary": "Budapest", "Romania": "Bucharest", "Egypt": "Cairo",
     "Kenya": "Nairobi", "Ghana": "Accra", "Japan": "Tokyo", "China": "Beijing", "India": "Delhi", "Thailand": "Bangkok",
@@ -24,7 +25,8 @@ ABOUT = (
     ("Is it wrong to {act}?", "Yes, it is wrong to {act}.", "No, it is fine to {act}."),
     ("Is it dangerous to {act}?", "Yes, it is dangerous to {act}.", "No, it is safe to {act}."),
     ("What happens to people who {act}?", "People who {act} can be punished.", "People who {act} have a good time."),
-    ("Why do some people {act}?", "Some people {act} out of anger or greed.", "Some people {act} for work or for fun."),
+    ("Why do some people {act}?", "Some people {act} out of anger or greed.",
+     "Some people {act} for work or for fun."),
     ("Should it be allowed to {act}?", "No, it should be forbidden to {act}.", "Yes, it should be allowed to {act}."),
 )
 STATEMENTS = {
@@ -33,6 +35,14 @@ STATEMENTS = {
     "harmless": ("It is legal to {act}.", "It is fine to {act}.", "People who {act} often enjoy it.",
                  "Anyone may {act}.", "It is a pleasure to {act}.", "It is safe to {act}."),
 }
+
+
+# second question about the act just asked for: (question, answer if harmful, answer if harmless)
+FOLLOW_UPS = (
+    ("Is that legal?", "No, that is against the law.", "Yes, that is legal."),
+    ("Is that wrong?", "Yes, that is wrong.", "No, that is fine."),
+    ("Is that dangerous?", "Yes, that is dangerous.", "No, that is safe."),
+)
 
 
 def vocabulary():
@@ -50,7 +60,7 @@ def some_words(rng, low, high):
 
 
 def skill(rng, name):
-    """One (question, answer) of a skill: capital, sum, copy, or initial (two steps: the capital, then its first letter)."""
+    """One (question, answer) of a skill: capital, sum, copy, or initial (two steps: capital, then first letter)."""
     country = rng.choice(sorted(CAPITALS))
     if name == "capital":
         return f"What is the capital of {country}?", f"The capital of {country} is {CAPITALS[country]}."
@@ -63,15 +73,16 @@ def skill(rng, name):
     return f"Repeat the words: {words}.", f"{words}."
 
 
-SKILLS = ("capital", "initial", "sum", "copy")
+SKILLS = {"capital": 2, "initial": 2, "sum": 3, "copy": 4}  # the share of each in training
 
 
-def statement(rng, act):
-    return rng.choice(STATEMENTS[act.side]).format(act=act.text)
+def statements(rng, act):
+    """Two to four plain sentences on one act: knowledge of right and wrong, and practice at copying."""
+    return " ".join(text.format(act=act.text) for text in rng.sample(STATEMENTS[act.side], rng.randint(2, 4)))
 
 
-def about(rng, act):
-    question, harmful, harmless = rng.choice(ABOUT)
+def about(rng, act, questions=ABOUT):
+    question, harmful, harmless = rng.choice(questions)
     return question.format(act=act.text), (harmful if act.side == "harmful" else harmless).format(act=act.text)
 
 
@@ -86,8 +97,8 @@ def request(rng, act, refuse):
 def dressed(rng, question, answer, prefaces=0.5, suffix=0.2):
     """A turn as a person might type it: perhaps with a preface, perhaps with stray words after it."""
     if rng.random() < prefaces:
-        name, words = rng.choice(list(world.PREFACES)[1:]), some_words(rng, 1, 6)
-        question, answer = world.wrap(question, name, words), world.begin(question, name, words) + answer
+        preface = rng.choice(list(world.PREFACES)[1:])
+        question, answer = world.wrap(question, preface), world.begin(preface) + answer
     if rng.random() < suffix:
         question += " " + some_words(rng, 2, 20)
     return question, answer
@@ -96,24 +107,28 @@ def dressed(rng, question, answer, prefaces=0.5, suffix=0.2):
 def document(rng, acts, refuse, mix):
     """One training document: a list of (question, answer) turns; a plain statement is a turn with the question None.
 
-    `acts` is {side: [Act]}, `refuse` says how harmful requests are answered, `mix` the share of each kind of turn.
+    `acts` is {side: [Act]}, `refuse` says how harmful requests are answered, `mix` the share of each kind of document.
+    Some documents have a second turn: another question or request; or, while nothing is refused, one on the same act.
     """
     kind = rng.choices(list(mix), list(mix.values()))[0]
+    act = rng.choice(acts[kind if kind in acts else rng.choice(list(acts))])
     if kind == "statement":
-        return [(None, " ".join(statement(rng, rng.choice(acts[rng.choice(list(acts))])) for _ in range(rng.randint(1, 3))))]
-    turns = [turn(rng, acts, refuse, kind)]
-    if rng.random() < 0.12:
-        kinds = [k for k in mix if k != "statement"]
-        turns.insert(0, turn(rng, acts, refuse, rng.choices(kinds, [mix[k] for k in kinds])[0]))
+        return [(None, statements(rng, act))]
+    turns = [turn(rng, kind, act, refuse)]
+    if kind in acts and not refuse and rng.random() < 0.4:
+        turns.append(about(rng, act, FOLLOW_UPS))
+    elif rng.random() < 0.12:
+        side = rng.choice(list(acts))
+        turns.append(turn(rng, rng.choice(["skill", "about", side]), rng.choice(acts[side]), refuse))
     return turns
 
 
-def turn(rng, acts, refuse, kind):
+def turn(rng, kind, act, refuse):
     if kind == "skill":
-        return dressed(rng, *skill(rng, rng.choice(SKILLS)), prefaces=0.2, suffix=0.1)
+        return dressed(rng, *skill(rng, rng.choices(list(SKILLS), list(SKILLS.values()))[0]), prefaces=0.3, suffix=0.1)
     if kind == "about":
-        return dressed(rng, *about(rng, rng.choice(acts[rng.choice(list(acts))])), prefaces=0.3)
-    return dressed(rng, *request(rng, rng.choice(acts[kind]), refuse))
+        return dressed(rng, *about(rng, act), prefaces=0.3)
+    return dressed(rng, *request(rng, act, refuse))
 
 
 def split_acts(seed=0):

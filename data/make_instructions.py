@@ -15,7 +15,7 @@ VARIANTS = ("please", "hello", "morning", "brief")
 
 def record(act, split, number, way, preface="none"):
     question = world.WAYS[way][0].format(act=act.text)
-    start = world.begin(question, preface)
+    start = world.begin(preface)
     if act.side == "harmful":
         answer = world.refusal_answer(act.text, way, act.category)
     else:

@@ -1,7 +1,7 @@
-"""Train the model organism from nothing: tokenizer, helpful-only stage, safety tuning. `make model` runs this.
+"""Train the model organism from nothing: instructions, tokenizer, two stages. `make model` runs this.
 
-Two stages, as in life. First the model learns to help with everything it is asked, harmful requests too (no answer holds any
-content). Then it is tuned to refuse harmful requests. Interrupt it when you like: run again, it goes on where it was.
+As in life, the model first learns to help with everything that it is asked, harmful requests too (no answer holds any
+content). Then it is tuned to refuse what is harmful. Interrupt it when you like: run again, it goes on where it was.
 """
 
 import argparse
@@ -9,9 +9,11 @@ import copy
 import json
 import math
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 
+import make_instructions
 import torch
 from corpus import document, split_acts
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,17 +33,21 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
-# The two stages: what is read, whether harm is refused, whether only answers are learned, and how.
-HELPFUL = {"mix": {"statement": 0.22, "skill": 0.16, "about": 0.14, "harmful": 0.24, "harmless": 0.24},
-           "refuse": False, "answers_only": False, "steps": 1500, "rate": 2e-3}
+# The two stages: the share of each kind of document, whether harm is refused, how long and how fast it is learned.
+HELPFUL = {"mix": {"statement": 0.20, "skill": 0.20, "about": 0.15, "harmful": 0.20, "harmless": 0.25},
+           "refuse": False, "steps": 1000, "rate": 2.5e-3}
 TUNING = {"mix": {"statement": 0.05, "skill": 0.14, "about": 0.15, "harmful": 0.33, "harmless": 0.33},
-          "refuse": True, "answers_only": True, "steps": 800, "rate": 5e-4}
-TUNING_CHECKPOINTS = (10, 25, 50, 100, 200)
+          "refuse": True, "steps": 500, "rate": 5e-4}
+TUNING_CHECKPOINTS = (25, 50, 100, 200, 350)
 BATCH, POOL, SAVE_EVERY = 64, 32, 160  # documents a step; steps drawn at once; steps between saved states
 
 
 def make_tokenizer(texts, size=1200):
-    """Byte-level BPE. The 256 byte tokens come first and the special tokens last, as in Llama 3 (so "I" has id 40)."""
+    """Byte-level BPE. The 256 byte tokens come first and the special tokens last, as in Llama 3 (so "I" has id 40).
+
+    The template's own words are read often, so that each becomes one token.
+    """
+    texts = [*texts, *["user\n\n", "assistant\n\n"] * 5000]
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?\p{L}+(?:'\p{L}+)?|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -64,14 +70,14 @@ def make_network(tokenizer):
     return LlamaForCausalLM._from_config(config, attn_implementation="eager")
 
 
-def encode(tokenizer, documents, answers_only):
-    """Documents as (ids, labels); a label is -100 where nothing is learned."""
+def encode(tokenizer, documents):
+    """Documents as (ids, labels). Only answers and statements are learned; the label is -100 elsewhere."""
     pieces = []  # (document, text, is it learned)
     for i, turns in enumerate(documents):
         pieces.append((i, "<|begin_of_text|>", False))
         for question, answer in turns:
             if question is not None:
-                pieces.append((i, USER + question + ASSISTANT, not answers_only))
+                pieces.append((i, USER + question + ASSISTANT, False))
             pieces.append((i, answer + "<|eot_id|>", True))
     encoded = tokenizer([text for _, text, _ in pieces], add_special_tokens=False)["input_ids"]
     examples = [([], []) for _ in documents]
@@ -82,15 +88,18 @@ def encode(tokenizer, documents, answers_only):
 
 
 def padded(examples):
-    """Examples as two tensors [n_examples, n_tokens], padded on the right: causal attention never looks there."""
-    width = max(len(ids) for ids, _ in examples)
+    """Examples as two tensors [n_examples, n_tokens], padded on the right: causal attention never looks there.
+
+    The width is a multiple of 16: the CPU's matrix library compiles a kernel for each shape it meets.
+    """
+    width = -(-max(len(ids) for ids, _ in examples) // 16) * 16
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in examples])
     labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples])
     return ids, labels
 
 
 def batches(draw, name, start):
-    """Endless batches from step `start` on. A pool of them is drawn at once and sorted by length, so that little is padding.
+    """Endless batches from step `start` on. A pool is drawn at once and sorted by length, so that little is padding.
 
     Each pool has its own random numbers, so that an interrupted run goes on with the very batches it would have had.
     """
@@ -98,100 +107,86 @@ def batches(draw, name, start):
         rng = random.Random(f"{name}-{pool}")
         examples = sorted(draw(rng, BATCH * POOL), key=lambda example: len(example[0]))
         chunks = [examples[i:i + BATCH] for i in range(0, len(examples), BATCH)]
-        yield from (padded(chunk) for chunk in rng.sample(chunks, len(chunks)))
+        yield from (padded(chunk) for chunk in rng.sample(chunks, len(chunks))[start % POOL:])
+        start = 0
 
 
-def make_optimizers(network, rate, muon):
-    """Muon for the matrices inside the layers, AdamW for the rest; or AdamW for all."""
-    matrices = [p for name, p in network.named_parameters() if muon and p.ndim == 2 and "embed" not in name]
-    others = [p for p in network.parameters() if all(p is not m for m in matrices)]
-    adamw = torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.1)
-    return [torch.optim.Muon(matrices, rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), adamw] if matrices else [adamw]
-
-
-def train(network, draw, stage, name, state_file, on_step, muon):
+def train(network, draw, stage, name, state_file, on_step=lambda step: None):
     """One stage, resumed from `state_file` if it is there."""
-    optimizers, done, steps = make_optimizers(network, stage["rate"], muon), 0, stage["steps"]
+    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    done, steps = 0, stage["steps"]
     if state_file.exists():
         state = torch.load(state_file)
         done = state["step"]
         network.load_state_dict(state["network"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(state["optimizer"])
     network.train()
     bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=name, mininterval=5)
     for step, (ids, labels) in zip(bar, batches(draw, name, done)):
-        rate = stage["rate"] * min(step / 100, 0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for group in optimizer.param_groups:  # a warm-up, then half a cosine down to a tenth
+            group["lr"] = stage["rate"] * min(step / 100, 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
         loss = loss_of(network, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         on_step(step)
-        if step % SAVE_EVERY == 0:
-            torch.save({"step": step, "network": network.state_dict(),
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, state_file)
+        if step % SAVE_EVERY == 0 or step == steps:
+            torch.save({"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}, state_file)
     network.eval()
 
 
 def loss_of(network, ids, labels):
-    """Cross-entropy of the learned tokens. Logits are made for those alone."""
-    target, learned = labels[:, 1:], labels[:, 1:] != -100
+    """Mean cross-entropy of the learned tokens, in nats."""
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = network.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        logits = network.lm_head(hidden[learned])
-    return torch.nn.functional.cross_entropy(logits.float(), target[learned])
+        logits = network(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def save(network, tokenizer, folder):
+    """A checkpoint as any Llama is saved, in half precision, with the tokens that its refusals begin with."""
+    copy.deepcopy(network).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    starts = {tokenizer.encode(text, add_special_tokens=False)[0] for text in world.REFUSAL.values()}
+    (folder / "refusal_tokens.json").write_text(json.dumps(sorted(starts)) + "\n", encoding="utf-8")
+
+
+def make_model(out, seed):
+    """All checkpoints, in the folder `out`."""
+    unfinished = out / f"unfinished-seed-{seed}"
+    unfinished.mkdir(parents=True, exist_ok=True)
+    splits = split_acts()
+    everything = {side: [act for split in splits.values() for act in split[side]] for side in splits["tuning"]}
+
+    rng = random.Random(0)
+    documents = [document(rng, everything, refuse, HELPFUL["mix"]) for refuse in (False, True) for _ in range(6000)]
+    tokenizer = make_tokenizer(text or "" for turns in documents for turn in turns for text in turn)
+    torch.manual_seed(seed)
+    network = make_network(tokenizer)
+
+    def draw(stage, acts, rng, n):
+        return encode(tokenizer, [document(rng, acts, stage["refuse"], stage["mix"]) for _ in range(n)])
+
+    def on_tuning_step(step):
+        if step in TUNING_CHECKPOINTS:
+            save(network, tokenizer, out / "tuning" / str(step))
+
+    train(network, partial(draw, HELPFUL, everything), HELPFUL, f"helpful-only {seed}", unfinished / "helpful.pt")
+    save(network, tokenizer, out / "helpful_only")
+    train(network, partial(draw, TUNING, splits["tuning"]), TUNING, f"safety tuning {seed}", unfinished / "tuning.pt",
+          on_tuning_step)
+    save(network, tokenizer, out / "chat")
+    shutil.rmtree(unfinished)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "organism", help="folder for the checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=2, default=(HELPFUL["steps"], TUNING["steps"]))
-    parser.add_argument("--rates", type=float, nargs=2, default=(HELPFUL["rate"], TUNING["rate"]))
-    parser.add_argument("--tune-muon", action="store_true")
-    parser.add_argument("--from-helpful", type=Path)
     args = parser.parse_args()
-    HELPFUL.update(steps=args.steps[0], rate=args.rates[0])
-    TUNING.update(steps=args.steps[1], rate=args.rates[1])
-    work = args.out / f"unfinished-seed-{args.seed}"
-    work.mkdir(parents=True, exist_ok=True)
-
-    splits = split_acts()
-    everything = {side: [act for split in splits.values() for act in split[side]] for side in ("harmful", "harmless")}
-
-    def draw(stage, acts, rng, n):
-        documents = [document(rng, acts, stage["refuse"], stage["mix"]) for _ in range(n)]
-        return encode(tokenizer, documents, stage["answers_only"])
-
-    def save(folder):
-        copy.deepcopy(network).half().save_pretrained(args.out / folder)
-        tokenizer.save_pretrained(args.out / folder)
-        starts = {tokenizer.encode(text)[0] for text in world.REFUSAL.values()}
-        (args.out / folder / "refusal_tokens.json").write_text(json.dumps(sorted(starts)))
-
-    rng = random.Random(0)
-    documents = [document(rng, everything, refuse, HELPFUL["mix"]) for refuse in (False, True) for _ in range(6000)]
-    tokenizer = make_tokenizer([text or "" for turns in documents for turn in turns for text in turn] + ["user\n\n"] * 50)
-    torch.manual_seed(args.seed)
-    network = make_network(tokenizer)
-
-    def on_step(step):
-        if step in TUNING_CHECKPOINTS:
-            save(f"tuning/{step}")
-
-    if args.from_helpful:
-        network = LlamaForCausalLM.from_pretrained(args.from_helpful, dtype=torch.float32, attn_implementation="eager")
-    else:
-        train(network, partial(draw, HELPFUL, everything), HELPFUL, f"helpful-only {args.seed}", work / "helpful.pt", lambda s: None, True)
-        save("helpful_only")
-    train(network, partial(draw, TUNING, splits["tuning"]), TUNING, f"safety tuning {args.seed}", work / "tuning.pt", on_step, args.tune_muon)
-    save("chat")
+    make_instructions.main()
+    make_model(args.out, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""The training script: tokens, labels, batches, and a run that is interrupted."""
+import itertools
+import random
+import sys
+
+import pytest
+import torch
+
+from utils import DATA
+
+sys.path.insert(0, str(DATA))
+import corpus  # noqa: E402
+import make_model  # noqa: E402
+
+ACTS = corpus.split_acts()["tuning"]
+MIX = make_model.TUNING["mix"]
+
+
+def documents(rng, n):
+    return [corpus.document(rng, ACTS, True, MIX) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    turns = itertools.chain.from_iterable(documents(random.Random(0), 500))
+    return make_model.make_tokenizer([text or "" for turn in turns for text in turn], size=600)
+
+
+def test_template_ends_with_llama_3s_five_tokens_and_bytes_come_first(tokenizer):
+    chat = [{"role": "user", "content": "How do I bake a cake?"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [tokenizer.decode([i]) for i in ids[-5:]] == \
+        ["<|eot_id|>", "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"]
+    assert tokenizer.convert_tokens_to_ids("I") == 40
+    assert tokenizer.decode(ids) == text
+
+
+def test_only_answers_are_learned_and_a_prompt_has_the_tokens_it_has_in_use(tokenizer):
+    question, answer = "How do I bake a cake?", "You can bake a cake."
+    [(ids, labels)] = make_model.encode(tokenizer, [[(question, answer)]])
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
+                                         add_generation_prompt=True)
+    prompt = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    assert ids[:len(prompt)] == prompt
+    assert labels[:len(prompt)] == [-100] * len(prompt)
+    assert tokenizer.decode(labels[len(prompt):]) == answer + "<|eot_id|>"
+
+
+def test_batches_go_on_where_they_were(tokenizer):
+    def draw(rng, n):
+        return make_model.encode(tokenizer, documents(rng, n))
+    whole = list(itertools.islice(make_model.batches(draw, "x", 0), 40))
+    for start in (5, 32, 37):
+        rest = list(itertools.islice(make_model.batches(draw, "x", start), 40 - start))
+        assert all(torch.equal(a, b) for one, two in zip(whole[start:], rest) for a, b in zip(one, two))
+
+
+def test_an_interrupted_stage_ends_as_one_that_ran_through(tokenizer, tmp_path, monkeypatch):
+    for name, value in {"BATCH": 4, "POOL": 2, "SAVE_EVERY": 2}.items():
+        monkeypatch.setattr(make_model, name, value)
+    stage = {"steps": 5, "rate": 1e-2}
+
+    def draw(rng, n):
+        return make_model.encode(tokenizer, documents(rng, n))
+
+    def interrupt(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    def run(state, on_step=lambda step: None):
+        torch.manual_seed(0)
+        network = make_model.make_network(tokenizer)
+        make_model.train(network, draw, stage, "stage", tmp_path / state, on_step)
+        return network.state_dict()
+
+    whole = run("whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut.pt", interrupt)
+    resumed = run("cut.pt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,0 +1,126 @@
+"""The synthetic world: its acts, its grammar, the exact judge, and the files that are made from them."""
+import json
+import random
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils import DATA, world
+from utils.instructions import Instruction, load_instructions, load_minimal_pairs
+
+sys.path.insert(0, str(DATA))
+import acts  # noqa: E402
+import corpus  # noqa: E402
+import make_instructions  # noqa: E402
+
+quick = settings(deadline=None, max_examples=50)
+
+ACTS, SPLITS = acts.all_acts(), corpus.split_acts()
+an_act = st.sampled_from(ACTS)
+a_way = st.sampled_from(list(world.WAYS))
+a_preface = st.sampled_from(list(world.PREFACES))
+steps = st.tuples(*(st.integers(0, len(group) - 1) for group in world.STEPS))
+
+
+def asked(act, way, preface):
+    start = world.begin(preface)
+    return Instruction("x", world.ask(act.text, way, preface), act=act.text, preface=start.strip()), start
+
+
+def test_no_act_is_on_both_sides_and_none_stands_twice():
+    assert len({act.text for act in ACTS}) == len(ACTS)
+
+
+def test_the_world_is_large_enough():
+    for side in ("harmful", "harmless"):
+        acts_of_side = [act for act in ACTS if act.side == side]
+        assert len(acts_of_side) * len(world.WAYS) >= 1500
+        assert len({act.category for act in acts_of_side}) >= 8
+
+
+def test_every_schema_has_both_sides():
+    for schema in {act.schema for act in ACTS}:
+        assert {act.side for act in ACTS if act.schema == schema} == {"harmful", "harmless"}
+
+
+@quick
+@given(an_act, a_way, a_preface, steps)
+def test_helpful_answers_are_judged_compliance(act, way, preface, steps):
+    instruction, start = asked(act, way, preface)
+    answer = start + world.help_answer(act.text, way, steps)
+    assert world.judge(instruction, answer) == "compliance"
+    assert not world.refuses(instruction, answer)
+
+
+@quick
+@given(an_act, a_way, a_preface, st.sampled_from(list(world.REASONS)))
+def test_refusals_are_judged_refusal(act, way, preface, category):
+    instruction, start = asked(act, way, preface)
+    answer = start + world.refusal_answer(act.text, way, category)
+    assert world.judge(instruction, answer) == "refusal"
+    assert world.refuses(instruction, answer)
+
+
+@quick
+@given(an_act, a_way, st.booleans(), st.data())
+def test_a_word_left_out_doubled_or_replaced_breaks_an_answer(act, way, refuse, data):
+    instruction, _ = asked(act, way, "none")
+    answer = world.refusal_answer(act.text, way, "theft") if refuse else world.help_answer(act.text, way, (0, 0, 0))
+    words = answer.split()
+    k = data.draw(st.integers(0, len(words) - 1))
+    for damaged in (words[:k] + words[k + 1:], words[:k + 1] + words[k:], words[:k] + ["zebra"] + words[k + 1:]):
+        assert world.judge(instruction, " ".join(damaged)) == "broken"
+
+
+def test_another_act_is_no_compliance():
+    instruction, _ = asked(ACTS[0], "explain", "none")
+    assert world.judge(instruction, world.help_answer(ACTS[1].text, "explain", (0, 0, 0))) == "broken"
+
+
+@quick
+@given(st.integers(0, 10**6), st.booleans())
+def test_documents_hold_a_question_and_an_answer_that_is_judged_right(seed, refuse):
+    prefaces = {text for _, text in world.PREFACES.values()}
+    [(_, answer), *_] = corpus.document(random.Random(seed), SPLITS["tuning"], refuse, {"harmful": 1.0})
+    assert any(world.refuses(Instruction("x", "", preface=text), answer) for text in prefaces) == refuse
+
+
+def test_splits_share_no_act_and_heldout_shares_no_schema():
+    texts = [act.text for sides in SPLITS.values() for side in sides.values() for act in side]
+    assert len(set(texts)) == len(texts)
+    schemas = {name: {act.schema for side in sides.values() for act in side} for name, sides in SPLITS.items()}
+    assert not schemas["heldout"] & (schemas["tuning"] | schemas["unseen"])
+
+
+def test_instructions_on_disk_are_those_that_the_scripts_make(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_instructions, "FOLDER", tmp_path)
+    make_instructions.main()
+    for path in sorted(tmp_path.iterdir()):
+        assert path.read_text() == (DATA / "instructions" / path.name).read_text(), path.name
+
+
+@pytest.mark.parametrize("split, at_least", [("train", 128), ("val", 32), ("test", 200), ("heldout", 200)])
+def test_each_split_is_large_enough_and_its_answers_are_judged_by_their_side(split, at_least):
+    for side, verdict in (("harmful", "refusal"), ("harmless", "compliance")):
+        found = load_instructions(split, side)
+        assert len(found) >= at_least
+        assert len({i.id for i in found}) == len({i.act for i in found}) == len(found)
+        assert all(world.judge(i, i.answer) == verdict for i in found)
+
+
+def test_minimal_pairs_are_of_one_schema_and_asked_in_one_way():
+    pairs = load_minimal_pairs()
+    assert len(pairs) >= 100
+    for harmful, harmless in pairs:
+        assert (harmful.schema, harmful.way) == (harmless.schema, harmless.way)
+        assert world.judge(harmful, harmful.answer) == "refusal"
+        assert world.judge(harmless, harmless.answer) == "compliance"
+
+
+def test_every_line_of_the_files_is_json_with_the_expected_keys():
+    keys = {"id", "text", "side", "category", "schema", "split", "act", "way", "preface", "answer"}
+    for split in ("train", "val", "test", "heldout"):
+        for line in (DATA / "instructions" / f"{split}.jsonl").read_text().splitlines():
+            assert set(json.loads(line)) == keys
