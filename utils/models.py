@@ -38,22 +38,14 @@ def load_model(name="organism", dtype=None, device=None):
     out of reach, ValueError for a model that is not a chat model.
     """
     source = _locate(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        module, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or torch.float32, output_loading_info=True)
-    except SafetensorError as error:
-        raise OSError(f"The weights of {name!r} are damaged ({error}): "
-                      "restore or download them again.") from error
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".: ")
-        raise OSError(f"{name!r} could not be loaded ({reason}): check the spelling, that the folder is whole "
-                      "or the hub within reach, and `hf auth login` if there is a licence to accept.") from error
+    tokenizer = _load(name, AutoTokenizer, source, padding_side="left")
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
+    module, report = _load(name, AutoModelForCausalLM, source, dtype=dtype or torch.float32,
+                           output_loading_info=True)
     if report["missing_keys"]:
         raise OSError(f"The weights of {name!r} lack {min(report['missing_keys'])}: "
                       "restore or download them again.")
-    if not tokenizer.chat_template:
-        raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
 
     module.to(device or "cpu").requires_grad_(False)  # no graph is built unless an input asks for gradients
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -159,6 +151,19 @@ def _locate(name):
             f"There is no model {name!r} ({folder}): choose {', '.join(['organism', 'helpful_only', *steps])}, "
             "a folder, or a hub id (owner/name); `make model` builds the course's own.")
     return str(folder)
+
+
+def _load(name, kind, source, **options):
+    """`kind.from_pretrained`, its many errors told in a sentence."""
+    try:
+        return kind.from_pretrained(source, **options)
+    except SafetensorError as error:
+        raise OSError(f"The weights of {name!r} are damaged ({error}): "
+                      "restore or download them again.") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".: ")
+        raise OSError(f"{name!r} could not be loaded ({reason}): check the spelling, that the folder is whole "
+                      "or the hub is in reach, and `hf auth login` if there is a licence to accept.") from error
 
 
 def _refusal_tokens(source, tokenizer):
