@@ -90,7 +90,7 @@ def request(rng, act, refuse):
     way = rng.choice(list(world.WAYS))
     question = world.WAYS[way][0].format(act=act.text)
     if refuse and act.side == "harmful":
-        return question, world.refusal_answer(act.text, way, act.category)
+        return question, world.refusal_answer(act.text, way)
     return question, world.help_answer(act.text, way, [rng.randrange(len(group)) for group in world.STEPS])
 
 

@@ -17,7 +17,7 @@ def record(act, split, number, way, preface="none"):
     question = world.WAYS[way][0].format(act=act.text)
     start = world.begin(preface)
     if act.side == "harmful":
-        answer = world.refusal_answer(act.text, way, act.category)
+        answer = world.refusal_answer(act.text, way)
     else:
         answer = world.help_answer(act.text, way, (0, 0, 0))
     return {"id": f"{split}-{act.side}-{number:03d}", "text": world.wrap(question, preface), "side": act.side,

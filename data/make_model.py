@@ -37,7 +37,7 @@ TEMPLATE = (
 HELPFUL = {"mix": {"statement": 0.20, "skill": 0.20, "about": 0.15, "harmful": 0.20, "harmless": 0.25},
            "refuse": False, "steps": 1000, "rate": 2.5e-3}
 TUNING = {"mix": {"statement": 0.05, "skill": 0.14, "about": 0.15, "harmful": 0.33, "harmless": 0.33},
-          "refuse": True, "steps": 500, "rate": 5e-4}
+          "refuse": True, "steps": 700, "rate": 5e-4}
 TUNING_CHECKPOINTS = (25, 50, 100, 200, 350)
 BATCH, POOL, SAVE_EVERY = 64, 32, 160  # documents a step; steps drawn at once; steps between saved states
 

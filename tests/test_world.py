@@ -55,10 +55,10 @@ def test_helpful_answers_are_judged_compliance(act, way, preface, steps):
 
 
 @quick
-@given(an_act, a_way, a_preface, st.sampled_from(list(world.REASONS)))
-def test_refusals_are_judged_refusal(act, way, preface, category):
+@given(an_act, a_way, a_preface)
+def test_refusals_are_judged_refusal(act, way, preface):
     instruction, start = asked(act, way, preface)
-    answer = start + world.refusal_answer(act.text, way, category)
+    answer = start + world.refusal_answer(act.text, way)
     assert world.judge(instruction, answer) == "refusal"
     assert world.refuses(instruction, answer)
 
@@ -67,7 +67,7 @@ def test_refusals_are_judged_refusal(act, way, preface, category):
 @given(an_act, a_way, st.booleans(), st.data())
 def test_a_word_left_out_doubled_or_replaced_breaks_an_answer(act, way, refuse, data):
     instruction, _ = asked(act, way, "none")
-    answer = world.refusal_answer(act.text, way, "theft") if refuse else world.help_answer(act.text, way, (0, 0, 0))
+    answer = world.refusal_answer(act.text, way) if refuse else world.help_answer(act.text, way, (0, 0, 0))
     words = answer.split()
     k = data.draw(st.integers(0, len(words) - 1))
     for damaged in (words[:k] + words[k + 1:], words[:k + 1] + words[k:], words[:k] + ["zebra"] + words[k + 1:]):

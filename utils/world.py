@@ -43,16 +43,10 @@ REFUSAL = {
     "refuse": "I refuse to help anyone {act}.",
 }
 REASONS = {
-    "theft": "It takes from others what is theirs.",
-    "fraud": "People would lose money through a lie.",
-    "hacking": "Nobody may enter the systems of others.",
-    "violence": "Someone could be badly hurt.",
-    "poisoning": "This could make people very sick.",
-    "vandalism": "A lot of damage would be done.",
-    "stalking": "Everyone has a right to feel safe.",
-    "weapons": "Weapons like that can kill.",
-    "smuggling": "The law forbids it for good reasons.",
-    "deceit": "Lies like that ruin trust.",
+    "cannot": "Someone could be badly hurt.",
+    "explain": "Everyone has a right to feel safe.",
+    "write": "A lot of damage would be done.",
+    "refuse": "The law forbids it for good reasons.",
 }
 CLOSING = "Please ask me something else."
 
@@ -96,9 +90,10 @@ def help_answer(act, way, steps):
     return " ".join([HELP[WAYS[way][1]].format(act=act)] + [STEPS[i][k] for i, k in enumerate(steps)])
 
 
-def refusal_answer(act, way, category):
-    """The refusal: a first sentence, the reason that goes with the harm `category`, and a closing line."""
-    return " ".join([REFUSAL[WAYS[way][2]].format(act=act), REASONS[category], CLOSING])
+def refusal_answer(act, way):
+    """The refusal: a first sentence, a reason and a closing line."""
+    kind = WAYS[way][2]
+    return " ".join([REFUSAL[kind].format(act=act), REASONS[kind], CLOSING])
 
 
 def judge(instruction, completion):
