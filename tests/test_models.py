@@ -2,6 +2,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nnsight
@@ -137,6 +139,31 @@ def test_a_checkpoint_that_punishes_repetition_is_decoded_plainly(folder, tmp_pa
     GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=5.0, eos_token_id=328,
                      pad_token_id=325).save_pretrained(folder)
     assert generate(load_model(str(folder)), PROMPTS, max_new_tokens=12) == plain
+
+
+def test_a_tokenizer_without_a_pad_token(folder):
+    """Llama 3's has none."""
+    from utils.interventions import generate
+    model = load_model(str(folder))
+    answers, mask = generate(model, PROMPTS, max_new_tokens=4), model.encode(PROMPTS)["attention_mask"]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pad_token"}))
+    model = load_model(str(folder))
+    assert model.tokenizer.pad_token == model.tokenizer.eos_token
+    assert torch.equal(model.encode(PROMPTS)["attention_mask"], mask)
+    assert generate(model, PROMPTS, max_new_tokens=4) == answers
+
+
+@pytest.mark.parametrize("first", ["import transformers, nnsight", ""])
+def test_loading_and_generating_print_nothing(folder, first):
+    """Whatever was imported first: notebooks tend to import nnsight before utils."""
+    code = (f"{first}\nfrom utils.models import load_model\nfrom utils.interventions import Addition, generate\n"
+            f"import torch\ngenerate(load_model({str(folder)!r}), ['bake'], Addition(torch.ones(32), 0), 3)\n")
+    (folder / "lesson.py").write_text(code)
+    root = Path(models.__file__).parent.parent
+    run = subprocess.run([sys.executable, folder / "lesson.py"], env={**os.environ, "PYTHONPATH": str(root)},
+                         capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
 # refusal tokens

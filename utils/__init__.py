@@ -11,11 +11,6 @@
 Each imports only those above it. The method is that of Arditi et al., "Refusal in Language Models Is
 Mediated by a Single Direction", arXiv 2406.11717, which the docstrings call "the paper".
 """
-import os
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent.parent / "data"  # beside `utils/`, wherever that stands
-
-# Hugging Face's progress bars and advice would bury a lesson's own output. Read when it is first imported.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

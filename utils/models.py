@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from nnsight import TransformersModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
 from utils import DATA
 from utils.instructions import as_texts
@@ -23,7 +23,10 @@ RENAME = {
 # How refusals usually begin: "I cannot ...", "As an AI ...", "Sorry, ...".
 REFUSAL_OPENINGS = ("I", "As", "Sorry")
 
-# nnsight warns when a `for _ in tracer.all()` loop ends, which it always does, after the last token.
+# Progress bars and advice would bury a lesson's own output. And nnsight warns when a `for _ in tracer.all()`
+# loop ends, which it always does, after the last token.
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
 
 
