@@ -21,6 +21,7 @@ from utils.evaluation import Rate, judge, loss, refusal_metric, skill_accuracy
 from utils.instructions import Instruction, load_about_questions, load_instructions, load_minimal_pairs, load_skills
 from utils.interventions import Ablation, Addition, every_pair, generate, last_logits
 from utils.models import load_model
+from utils.plots import plot_rates
 
 HERE = Path(__file__).parent
 MAX_TOKENS = 72
@@ -215,6 +216,21 @@ def table(cards):
     return "\n".join(lines) + "\n\nThe chosen direction: " + "; ".join(picks) + ".\n"
 
 
+def picture(card):
+    """The result in one picture, for the project's README: refusal before and after."""
+    behaviour, shipped = card["behaviour"], card["shipped sample"]
+    random_ones = card["random directions ablated: refusal, harmful test"]
+    groups = {
+        "harmful requests": {"baseline": behaviour["refusal, harmful test"],
+                             "ablated": shipped["ablated: refusal, harmful test"],
+                             "random": [sum(column) for column in zip(*random_ones)]},
+        "harmless requests": {"baseline": behaviour["refusal, harmless test"],
+                              "added": shipped["added: refusal, harmless test"]}}
+    rates = {group: {condition: Rate(*rate) for condition, rate in bars.items()} for group, bars in groups.items()}
+    axis = plot_rates(rates, title="One direction: erased, no more refusals; added, refusals of harmless requests")
+    axis.figure.savefig(HERE / "result.png", dpi=120)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=HERE / "organism" / "chat")
@@ -231,6 +247,8 @@ def main():
     before, after = text.split(START)[0], text.split(END)[1]
     readme.write_text(f"{before}{START}\n{table(cards)}{END}{after}", encoding="utf-8")
     print(table(cards))
+    if args.seed == 0:
+        picture(card)
 
 
 if __name__ == "__main__":
