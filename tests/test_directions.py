@@ -10,9 +10,13 @@ from utils.activations import residual_stream
 from utils.directions import (
     CandidateScores,
     Direction,
+    cosine_similarities,
     difference_in_means,
+    filter_prompts,
     find_direction,
     random_directions,
+    refusal_when_ablated,
+    refusal_when_added,
     score_candidates,
     select_direction,
 )
@@ -210,3 +214,46 @@ def test_random_directions_are_as_long_as_the_one_and_point_elsewhere():
 
 def test_unit():
     assert Direction(torch.tensor([3.0, 4.0]), layer=1, position=-1).unit.tolist() == pytest.approx([0.6, 0.8])
+
+
+# one candidate at a time, as the lesson does it
+
+def test_prompts_are_filtered_by_the_sign_of_their_metric():
+    prompts, metric = ["a", "b", "c", "d"], torch.tensor([2.0, -1.0, 0.0, 0.1])
+    assert filter_prompts(prompts, metric, refused=True) == ["a", "d"]
+    assert filter_prompts(prompts, metric, refused=False) == ["b", "c"]
+
+
+@quick
+@given(st.integers(0, 10**6), st.floats(0.01, 100))
+def test_cosines_ignore_lengths(seed, length):
+    vectors = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
+    cosines = cosine_similarities(vectors)
+    torch.testing.assert_close(cosines.diagonal(), torch.ones(5))
+    torch.testing.assert_close(cosines, cosines.T)
+    torch.testing.assert_close(cosine_similarities(length * vectors), cosines, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cosines[1, 3], F.cosine_similarity(vectors[1], vectors[3], dim=0))
+
+
+def test_right_angles_and_opposites():
+    cosines = cosine_similarities(torch.tensor([[2.0, 0], [0, 5], [-3, 0]]))
+    assert cosines.tolist() == [[1, 0, -1], [0, 1, 0], [-1, 0, 1]]
+
+
+def test_scores_are_the_means_over_prompts(llama):
+    harmful, harmless = ["steal", "steal a car", "a car, a cake"], ["bake a cake", "Sorry, a cake"]
+    candidates = 3 * torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
+    scores = score_candidates(llama, candidates, harmful, harmless)
+    bypass = refusal_when_ablated(llama, candidates[2, 1], harmful)
+    induce = refusal_when_added(llama, candidates[2, 1], 2, harmless)
+    assert bypass.shape == (3,) and induce.shape == (2,)
+    torch.testing.assert_close(bypass.mean(), scores.bypass[2, 1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(induce.mean(), scores.induce[2, 1], rtol=1e-4, atol=1e-4)
+
+
+def test_each_prompt_may_have_its_own_direction(llama):
+    prompts, rows = every_pair(["steal", "bake a cake"], torch.randn(3, 32, generator=torch.Generator().manual_seed(0)))
+    for measure in (refusal_when_ablated, lambda *args: refusal_when_added(*args[:2], 1, args[2])):
+        together = measure(llama, rows, prompts)
+        alone = torch.cat([measure(llama, row, [prompt]) for prompt, row in zip(prompts, rows)])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)

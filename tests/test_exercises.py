@@ -130,6 +130,36 @@ def another_residual_stream(model, instructions, positions=None, batch_size=64):
     return torch.cat([another_trace_residual_stream(model, model.encode([text]), positions) for text in instructions])
 
 
+def another_filter_prompts(prompts, metric, refused):
+    kept = []
+    for i, value in enumerate(metric.tolist()):
+        if (value > 0 and refused) or (value <= 0 and not refused):
+            kept.append(prompts[i])
+    return tuple(kept)
+
+
+def another_cosine_similarities(directions):
+    return torch.nn.functional.cosine_similarity(directions[:, None], directions[None], dim=-1)
+
+
+def another_refusal_when_ablated(model, direction, harmful):
+    with model.lm.trace(model.encode(harmful)):
+        for layer in model.layers:
+            layer.input = another_ablate(layer.input, direction)
+            attention = layer.self_attn.output
+            layer.self_attn.output = (another_ablate(attention[0], direction), *attention[1:])
+            layer.mlp.output = another_ablate(layer.mlp.output, direction)
+        logits = model.lm.output.logits[:, -1].save()
+    return another_refusal_metric(logits, model.refusal_tokens)
+
+
+def another_refusal_when_added(model, direction, layer, harmless):
+    with model.lm.trace(model.encode(harmless)):
+        model.layers[layer].input = model.layers[layer].input + direction
+        logits = model.lm.output.logits[:, -1].save()
+    return another_refusal_metric(logits, model.refusal_tokens)
+
+
 def another_select_direction(scores):
     n_layers, n_positions = scores.bypass.shape
     passing = [(scores.bypass[layer, i].item(), layer, i) for layer in range(n_layers) for i in range(n_positions)

@@ -7,7 +7,18 @@ from matplotlib.patches import Rectangle
 
 from utils.directions import CandidateScores
 from utils.evaluation import Rate
-from utils.plots import COLORS, completions_table, plot_candidate_scores, plot_rates, token_strip
+from utils.plots import (
+    COLORS,
+    completions_table,
+    plot_by_layer,
+    plot_candidate_scores,
+    plot_clouds,
+    plot_cosines,
+    plot_points,
+    plot_projections,
+    plot_rates,
+    token_strip,
+)
 
 matplotlib.use("Agg")
 
@@ -38,6 +49,50 @@ def test_candidate_scores():
 def test_scores_that_are_all_zero_can_be_drawn():
     zeros = torch.zeros(4, 2)
     plot_candidate_scores(CandidateScores(zeros, zeros, zeros), ["a", "b"]).canvas.draw()
+
+
+def test_clouds():
+    points = {"harmful": torch.randn(5, 2), "harmless": torch.randn(3, 2)}
+    figure = plot_clouds({"layer 1": points, "layer 4": points})
+    assert [axis.get_title() for axis in figure.axes] == ["layer 1", "layer 4"]
+    for axis in figure.axes:
+        for drawn, (condition, xy) in zip(axis.collections, points.items()):
+            assert torch.allclose(torch.as_tensor(drawn.get_offsets().data).float(), xy)
+            assert to_hex(drawn.get_facecolor()[0]).upper() == COLORS[condition]
+
+
+def test_projections_count_every_prompt():
+    groups = {"harmful": torch.randn(50) + 3, "harmless": torch.randn(40)}
+    figure = plot_projections({"layer 1": groups}, "metric (nats)")
+    [axis] = figure.axes
+    assert sum(bar.get_height() for bar in axis.patches) == 90
+    assert axis.get_xlabel() == "metric (nats)" and axis.get_ylabel() == "prompts"
+
+
+def test_lines_over_the_layers():
+    values = torch.randn(6, 2)
+    axis = plot_by_layer(values, ["<|eot|>", "\n"], "gap", predicted=3)
+    assert [list(line.get_ydata()) for line in axis.lines[:2]] == [values[:, 0].tolist(), values[:, 1].tolist()]
+    assert [line.get_label() for line in axis.lines] == ["-2  <|eot|>", "-1  \\n", "your prediction"]
+    assert list(axis.lines[2].get_xdata()) == [3, 3]
+    assert len(plot_by_layer(values, ["a", "b"], "gap").lines) == 2
+
+
+def test_cosines_are_written_in_their_cells():
+    matrix = torch.tensor([[1, -0.25], [-0.25, 1]])
+    figure = plot_cosines({"layers": (matrix, [1, 2]), "one": (torch.ones(1, 1), ["a"])})
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1.0", "-0.2", "-0.2", "1.0"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["1", "2"]
+
+
+def test_points_and_intervals():
+    figure = plot_points({"bypass": {"baseline": torch.tensor([1.0, 2, 4]), "ablated": (0.5, 0.2, 1.0)}})
+    [axis] = figure.axes
+    assert list(axis.lines[0].get_ydata()) == [1, 2, 4]
+    assert len(set(axis.lines[0].get_xdata())) == 3  # side by side
+    [interval] = axis.collections[0].get_segments()
+    assert interval[:, 1].tolist() == pytest.approx([0.2, 1.0])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["baseline", "ablated"]
 
 
 def test_rates():

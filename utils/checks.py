@@ -227,6 +227,105 @@ register(
     },
 )
 
+register(
+    directions.filter_prompts,
+    cases=lambda: [(list("abcd"), torch.tensor([2.0, -1.0, 0.3, -0.2]), True),
+                   (list("abcd"), torch.tensor([2.0, -1.0, 0.3, -0.2]), False)],
+    mistakes={
+        "the sides are swapped: a prompt is refused if its metric is above 0.":
+            lambda prompts, metric, refused: directions.filter_prompts(prompts, metric, not refused),
+        "`refused` is not used: for refused=False keep the prompts that the model answers.":
+            lambda prompts, metric, refused: directions.filter_prompts(prompts, metric, True),
+        "you returned True or False for each prompt. Return the prompts themselves, those to be kept.":
+            lambda prompts, metric, refused: [bool(value > 0) == refused for value in metric],
+        "you returned the metrics. Return the prompts they belong to.":
+            lambda prompts, metric, refused: [value for value in metric if (value > 0) == refused],
+        "you asked whether the metrics are above 0 on average. Decide for each prompt by itself.":
+            lambda prompts, metric, refused: prompts if (metric.mean() > 0) == refused else [],
+    },
+)
+
+register(
+    directions.cosine_similarities,
+    cases=lambda: [(randn(4, 6) * torch.tensor([1.0, 5.0, 0.2, 2.0])[:, None],), (3 * randn(6, 6, seed=1),)],
+    axes="[n_directions, n_directions]",
+    mistakes={
+        "these are dot products, which grow with the lengths. Scale each direction to length 1 first.":
+            lambda directions: directions @ directions.T,
+        "you scaled only one of the two to length 1: divide by both lengths.":
+            lambda directions: F.normalize(directions, dim=-1) @ directions.T,
+        "you scaled along the wrong axis. A direction is a row: dim=-1.":
+            lambda directions: F.normalize(directions, dim=0) @ F.normalize(directions, dim=0).T,
+        "you multiplied the entries with each other (dim 0 with dim 0). Rows with rows: units @ units.T.":
+            lambda directions: F.normalize(directions, dim=-1).T @ F.normalize(directions, dim=-1),
+        "you compared each direction with itself only. Compare every two: units @ units.T.":
+            lambda directions: F.cosine_similarity(directions, directions, dim=-1),
+    },
+)
+
+
+def refusal_with(change):
+    """Like `refusal_when_ablated`, with the intervention `change(direction)`, or None for none."""
+    def refusal(model, direction, prompts, batch_size=64):
+        return evaluation.refusal_metric(interventions.last_logits(model, prompts, change(direction)),
+                                         model.refusal_tokens)
+    return refusal
+
+
+register(
+    directions.refusal_when_ablated,
+    cases=lambda: [(model(), direction(), PROMPTS)],
+    axes="[n_prompts]",
+    mistakes={
+        "the direction is not ablated: hand Ablation(direction) to last_logits.":
+            refusal_with(lambda direction: None),
+        "you added the direction rather than ablating it: Ablation(direction).":
+            refusal_with(lambda direction: interventions.Addition(direction, 0)),
+        "these are the logits. Make one number for each prompt of them: refusal_metric(logits, model.refusal_tokens).":
+            lambda model, direction, prompts, batch_size=64:
+                interventions.last_logits(model, prompts, interventions.Ablation(direction)),
+        "you averaged over the prompts already. Keep one number for each.":
+            lambda *args: directions.refusal_when_ablated(*args).mean(),
+        "the sign is flipped: the metric is positive where a refusal is likely.":
+            lambda *args: -directions.refusal_when_ablated(*args),
+    },
+)
+
+
+def refusal_with_added(where=0, coefficient=1.0, change=lambda direction: direction):
+    """Like `refusal_when_added`, at another layer, with another coefficient or direction."""
+    def refusal_when_added(model, direction, layer, prompts, batch_size=64):
+        addition = interventions.Addition(change(direction), layer + where, coefficient)
+        return refusal_with(lambda direction: addition)(model, direction, prompts)
+    return refusal_when_added
+
+
+register(
+    directions.refusal_when_added,
+    cases=lambda: [(model(), direction(), 1, PROMPTS)],
+    axes="[n_prompts]",
+    mistakes={
+        "nothing is added: hand Addition(direction, layer) to last_logits.":
+            lambda model, direction, layer, prompts, batch_size=64:
+                refusal_with(lambda direction: None)(model, direction, prompts),
+        "you ablated the direction rather than adding it: Addition(direction, layer).":
+            lambda model, direction, layer, prompts, batch_size=64:
+                directions.refusal_when_ablated(model, direction, prompts),
+        "the direction is added at layer 0, whatever the layer: Addition(direction, layer).":
+            lambda model, direction, layer, prompts, batch_size=64:
+                refusal_with_added(where=-layer)(model, direction, layer, prompts),
+        "the direction is added one layer too late.":
+            refusal_with_added(where=1),
+        "you scaled the direction to length 1. In activation addition its length counts.":
+            refusal_with_added(change=lambda direction: F.normalize(direction, dim=-1)),
+        "the sign is flipped: you subtracted the direction.":
+            refusal_with_added(coefficient=-1.0),
+        "you averaged over the prompts already. Keep one number for each.":
+            lambda *args: directions.refusal_when_added(*args).mean(),
+    },
+)
+
+
 def planted_scores():
     """Scores [10 layers, 2 positions] in which each condition alone keeps out a candidate of lower bypass.
 

@@ -2,7 +2,6 @@
 
 Paper, section 2.3 and appendix C. A candidate is the difference in means at one layer and position.
 """
-import math
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +50,22 @@ class CandidateScores:
         """Who passes all three filters: bool [n_layers, n_positions]."""
         return torch.stack(list(self.filters(max_kl, min_induce, max_layer).values())).all(dim=0)
 
+    def why_none_passes(self, max_kl=0.1, min_induce=0.0, max_layer=0.8):
+        """A sentence that names the strictest filter, for when no candidate passes all three."""
+        filters = self.filters(max_kl, min_induce, max_layer)
+        removed = {condition: int((~met).sum()) for condition, met in filters.items()}
+        strictest = max(removed, key=removed.get)
+        return (f"No candidate passes the filters, and {strictest} removes most, {removed[strictest]} of "
+                f"{self.bypass.numel()}: look at the scores, and loosen a filter only where you can say why.")
+
+
+def filter_prompts(prompts, metric, refused):
+    """Those of the prompts that the model refuses (refused=True), or those that it answers (refused=False).
+
+    metric: the prompts' refusal metrics, [n_prompts]; a prompt is refused if its metric is above 0.
+    """
+    return [prompt for prompt, value in zip(prompts, metric) if (value > 0) == refused]
+
 
 def difference_in_means(harmful, harmless):
     """Mean of the harmful activations minus mean of the harmless (paper, section 2.3).
@@ -59,6 +74,27 @@ def difference_in_means(harmful, harmless):
     -> [n_layers, n_positions, d_model]
     """
     return harmful.mean(dim=0) - harmless.mean(dim=0)
+
+
+def cosine_similarities(directions):
+    """Cosine of the angle between every two directions: 1 if they point the same way, 0 if at right angles.
+
+    [n_directions, d_model] -> [n_directions, n_directions]
+    """
+    units = F.normalize(directions, dim=-1)
+    return units @ units.T
+
+
+def refusal_when_ablated(model, direction, harmful, batch_size=64):
+    """Refusal metric of each prompt, the direction ablated -> [n_prompts]. The mean is the bypass score."""
+    logits = last_logits(model, harmful, Ablation(direction), batch_size)
+    return refusal_metric(logits, model.refusal_tokens)
+
+
+def refusal_when_added(model, direction, layer, harmless, batch_size=64):
+    """Refusal metric of each prompt, the direction added at a layer -> [n_prompts]. The mean is the induce score."""
+    logits = last_logits(model, harmless, Addition(direction, layer), batch_size)
+    return refusal_metric(logits, model.refusal_tokens)
 
 
 def score_candidates(model, candidates, harmful, harmless, batch_size=64, progress=False):
@@ -103,8 +139,8 @@ def select_direction(scores, max_kl=0.1, min_induce=0.0, max_layer=0.8):
     """
     passing = scores.passing(max_kl, min_induce, max_layer)
     if not passing.any():
-        raise ValueError(_why_none_passes(scores.filters(max_kl, min_induce, max_layer)))
-    bypass = scores.bypass.masked_fill(~passing, math.inf)
+        raise ValueError(scores.why_none_passes(max_kl, min_induce, max_layer))
+    bypass = scores.bypass.masked_fill(~passing, torch.inf)
     return divmod(bypass.argmin().item(), bypass.shape[1])
 
 
@@ -136,17 +172,9 @@ def random_directions(n, like, seed=0):
 def _refused(model, prompts, wanted, batch_size):
     """Those of the prompts that the model would refuse (wanted=True) or answer (wanted=False)."""
     metric = refusal_metric(last_logits(model, prompts, batch_size=batch_size), model.refusal_tokens)
-    kept = [prompt for prompt, refused in zip(prompts, metric > 0) if refused == wanted]
+    kept = filter_prompts(prompts, metric, wanted)
     if not kept:
         raise ValueError(f"The model {'refuses' if wanted else 'answers'} none of the {len(prompts)} "
                          f"{'harmful' if wanted else 'harmless'} prompts by its refusal metric: read its "
                          "answers, and set model.refusal_tokens to the tokens that its refusals begin with.")
     return kept
-
-
-def _why_none_passes(filters):
-    removed = {condition: int((~met).sum()) for condition, met in filters.items()}
-    strictest = max(removed, key=removed.get)
-    n = next(iter(filters.values())).numel()
-    return (f"No candidate passes the filters, and {strictest} removes most, {removed[strictest]} of {n}: "
-            "look at the scores, and loosen a filter only where you can say why.")

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 COLORS = {
     "harmful": "#D55E00", "harmless": "#0072B2", "baseline": "#555555", "ablated": "#009E73",
     "added": "#CC79A7", "random": "#BBBBBB", "suffix": "#E69F00", "orthogonalized": "#56B4E9",
-    "shuffled": "#F0E442",
+    "shuffled": "#F0E442", "balanced": "#FFFFFF", "chosen": "#000000",
 }
 
 
@@ -61,10 +61,11 @@ def plot_projections(projections, xlabel="projection on r̂"):
 
     projections: {title: {condition: values [n_prompts]}}
     """
-    figure, axes = plt.subplots(1, len(projections), figsize=(8, 3), squeeze=False, layout="constrained")
+    size = (2 + 2 * len(projections), 3)
+    figure, axes = plt.subplots(1, len(projections), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, groups) in zip(axes[0], projections.items()):
-        low, high = (torch.cat(list(groups.values())).aminmax())
-        bins = torch.linspace(low, high, 25).tolist()
+        low, high = torch.cat(list(groups.values())).aminmax()
+        bins = torch.linspace(low, high, 19).tolist()
         for condition, values in groups.items():
             axis.hist(values.tolist(), bins, alpha=0.7, color=COLORS[condition], label=condition)
         axis.set(title=title, xlabel=xlabel)
@@ -99,7 +100,7 @@ def plot_cosines(cosines):
     """
     figure, axes = plt.subplots(1, len(cosines), figsize=(8, 4), squeeze=False, layout="constrained")
     for axis, (title, (matrix, labels)) in zip(axes[0], cosines.items()):
-        image = axis.imshow(matrix, cmap="PuOr_r", vmin=-1, vmax=1)
+        image = axis.imshow(matrix.numpy(), cmap="PuOr_r", vmin=-1, vmax=1)
         for row, column in torch.cartesian_prod(*map(torch.arange, matrix.shape)).tolist():
             value = matrix[row, column].item()
             axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8,
@@ -118,7 +119,8 @@ def plot_points(panels):
     panels: {title: {condition: values}}. values: [n]; or (mean, low, high), as `bootstrap_mean` gives them, for a
     point with its interval.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.6), squeeze=False, layout="constrained")
+    size = (2 + 2 * len(panels), 3.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, columns) in zip(axes[0], panels.items()):
         for place, (condition, values) in enumerate(columns.items()):
             look = dict(color=COLORS.get(condition, COLORS["random"]), markeredgecolor="black", markeredgewidth=0.5)
