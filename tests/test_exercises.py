@@ -117,6 +117,12 @@ def another_wilson(successes, n, z=1.96):
     return torch.tensor([(-b - root) / (2 * a), (-b + root) / (2 * a)])
 
 
+def another_shared_tail(one, two):
+    if not one or not two or one[-1] != two[-1]:
+        return []
+    return another_shared_tail(one[:-1], two[:-1]) + [one[-1]]
+
+
 def another_trace_residual_stream(model, inputs, positions):
     streams = []
     with torch.no_grad(), model.lm.trace(inputs):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from utils import models
 from utils.instructions import Instruction
-from utils.models import load_model
+from utils.models import load_model, shared_tail
 
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake"]
 
@@ -71,6 +71,12 @@ def test_decode_leaves_special_tokens_out_and_spaces_alone(llama):
 
 
 # the template's tokens
+
+def test_the_shared_tail_of_two_lists():
+    assert shared_tail([1, 2, 9, 7, 8], [2, 2, 3, 7, 8]) == [7, 8]
+    assert shared_tail([7, 8], [1, 7, 8]) == shared_tail([1, 7, 8], [7, 8]) == [7, 8]
+    assert shared_tail([1], [2]) == shared_tail([], [1]) == []
+
 
 def test_post_instruction_tokens_are_found(model):
     assert model.post_instruction == POST_INSTRUCTION

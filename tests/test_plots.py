@@ -10,10 +10,13 @@ from utils.evaluation import Rate
 from utils.plots import (
     COLORS,
     completions_table,
+    draw_residual_stream,
     plot_by_layer,
     plot_candidate_scores,
     plot_clouds,
     plot_cosines,
+    plot_means_by_layer,
+    plot_next_tokens,
     plot_points,
     plot_projections,
     plot_rates,
@@ -114,6 +117,36 @@ def test_groups_of_rates_share_a_legend():
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["baseline", "ablated", "added"]
 
 
+def test_the_likeliest_next_tokens():
+    class Tokenizer:
+        def decode(self, ids):
+            return f" {ids[0]}"
+    figure = plot_next_tokens({"harmful": torch.tensor([0.2, 0.5, 0.3]), "harmless": torch.tensor([0.9, 0, 0.1])},
+                              Tokenizer(), n=2)
+    assert [axis.get_title() for axis in figure.axes] == ["harmful", "harmless"]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([0.5, 0.3])
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["␣0", "␣2"]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["0.9000", "0.1000"]
+
+
+def test_means_by_layer():
+    values = torch.randn(20, 3)
+    axis = plot_means_by_layer({"pair": values, "random": values + 5}, "distance")
+    assert torch.tensor(axis.lines[0].get_ydata()).tolist() == pytest.approx(values.mean(dim=0).tolist())
+    assert [to_hex(line.get_color()).upper() for line in axis.lines] == [COLORS["chosen"], COLORS["random"]]
+    lowest = axis.collections[0].get_paths()[0].vertices[:, 1].min()
+    assert lowest < values.mean(dim=0).min()
+    assert axis.get_ylabel() == "distance"
+
+
+def test_the_residual_stream_is_drawn():
+    axis = draw_residual_stream(["<b>", " cake", "\n"], 2, mark=(1, -1))
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["<b>", "␣cake", "\\n"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "1", "logits"]
+    [point] = [line for line in axis.lines if line.get_label().startswith("layer 1's input")]
+    assert (list(point.get_xdata()), list(point.get_ydata())) == ([2], [1])
+
+
 def test_colours_differ():
     assert len(set(COLORS.values())) == len(COLORS)
 
@@ -138,3 +171,8 @@ def test_token_strip():
     assert 'title="0.000" style="background:#0072B200' in html
     with pytest.raises(ValueError, match="2 values for 1 tokens: give one for each"):
         token_strip(["a"], [1, 2])
+
+
+def test_framed_tokens():
+    html = token_strip(["a", "b", "c"], framed=[-1, 0]).data
+    assert [span.count("2px solid") for span in html.split("<span")[1:]] == [1, 0, 1]

@@ -1,7 +1,6 @@
 """Load a chat model by name, into one thin object that looks the same on every architecture."""
 import json
 import warnings
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -131,11 +130,22 @@ class ChatModel:
     def _find_post_instruction(self):
         """The tokens at the end that two prompts share, whatever the template, as strings."""
         one, two = self.tokens(["x", "?"])
-        same = list(takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(two))))
-        if not 0 < len(same) < len(one):
+        tail = shared_tail(one, two)
+        if not 0 < len(tail) < len(one):
             raise ValueError(f"The chat template of {self.name!r} puts no tokens after the instruction: "
                              "choose a model whose template does.")
-        return [self.tokenizer.decode([token]) for token in one[-len(same):]]
+        return [self.tokenizer.decode([token]) for token in tail]
+
+
+def shared_tail(one, two):
+    """The tokens that two prompts have in common at their end, in order: the longest such list.
+
+    one, two: token ids, two lists of any lengths.
+    """
+    n_shared = 0
+    while n_shared < min(len(one), len(two)) and one[-1 - n_shared] == two[-1 - n_shared]:
+        n_shared += 1
+    return one[len(one) - n_shared:]
 
 
 def _locate(name):

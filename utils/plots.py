@@ -7,6 +7,8 @@ import torch
 from IPython.display import HTML
 from matplotlib.patches import Rectangle
 
+from utils.evaluation import bootstrap_mean
+
 COLORS = {
     "harmful": "#D55E00", "harmless": "#0072B2", "baseline": "#555555", "ablated": "#009E73",
     "added": "#CC79A7", "random": "#BBBBBB", "suffix": "#E69F00", "orthogonalized": "#56B4E9",
@@ -138,6 +140,41 @@ def plot_points(panels):
     return figure
 
 
+def plot_next_tokens(probabilities, tokenizer, n=5):
+    """The n likeliest next tokens, a panel for each condition. Returns the Figure.
+
+    probabilities: {condition: [vocab]}. tokenizer: to write the tokens.
+    """
+    figure, axes = plt.subplots(1, len(probabilities), figsize=(7, 2.6), squeeze=False, layout="constrained")
+    for axis, (condition, given) in zip(axes[0], probabilities.items()):
+        top = given.topk(n)
+        bars = axis.barh(range(n), top.values.tolist(), color=COLORS.get(condition, COLORS["random"]))
+        axis.bar_label(bars, [f"{value:.4f}" for value in top.values.tolist()], padding=3, fontsize=9)
+        axis.set_yticks(range(n), [show_token(tokenizer.decode([token])) for token in top.indices.tolist()])
+        axis.set(title=condition, xlim=(0, 1.25), xlabel="probability", xticks=[0, 0.5, 1])
+        axis.invert_yaxis()  # the likeliest on top
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("next token")
+    return figure
+
+
+def plot_means_by_layer(curves, ylabel):
+    """A mean over the prompts for each layer, with its 95% interval, a line for each condition. Returns the Axes.
+
+    curves: {condition: values [n_prompts, n_layers]}
+    """
+    axis = plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
+    for condition, values in curves.items():
+        means, lows, highs = zip(*(bootstrap_mean(layer) for layer in values.T))
+        color = COLORS.get(condition, COLORS["chosen"])
+        axis.plot(range(len(means)), means, marker="o", markersize=4, color=color, label=condition)
+        axis.fill_between(range(len(means)), lows, highs, color=color, alpha=0.25, linewidth=0)
+    axis.set(xlabel="layer", ylabel=ylabel, xticks=range(len(means)))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return axis
+
+
 def plot_rates(rates, title="", ylabel="refusal (%)", axis=None):
     """Bars of Rates in per cent, with their 95% intervals. Returns the Axes.
 
@@ -183,22 +220,54 @@ def completions_table(instructions, **columns):
     return HTML("<table>" + "".join(f"<tr>{''.join(cells)}</tr>" for cells in [head, *rows]) + "</table>")
 
 
-def token_strip(tokens, values, limit=None):
+def token_strip(tokens, values=None, limit=None, framed=()):
     """Tokens in a line, orange where the value is above 0, blue where below; hover for the value. HTML.
 
-    tokens: list of strings. values: one number each. limit: which value has full colour; default, the largest.
+    tokens: list of strings. values: one number each, or None for no colour. limit: which value has full colour;
+    default, the largest. framed: places of tokens to frame, such as [-2, -1].
     """
-    values = torch.as_tensor(values, dtype=torch.float32).tolist()
+    values = torch.as_tensor([0] * len(tokens) if values is None else values, dtype=torch.float32).tolist()
     if len(values) != len(tokens):
         raise ValueError(f"There are {len(values)} values for {len(tokens)} tokens: give one for each.")
     limit = limit or max(map(abs, values), default=0) or 1.0
+    framed = {place % len(tokens) for place in framed}
     spans = []
-    for token, value in zip(tokens, values):
+    for place, (token, value) in enumerate(zip(tokens, values)):
         color = COLORS["harmful"] if value > 0 else COLORS["harmless"]
         opacity = round(190 * min(1, abs(value) / limit))  # of 255, so that black letters stay readable
-        style = f"background:{color}{opacity:02x};padding:2px 3px;margin:1px;display:inline-block"
+        border = "2px solid currentColor" if place in framed else f"1px solid {COLORS['random']}"
+        style = f"background:{color}{opacity:02x};border:{border};padding:2px 3px;margin:1px;display:inline-block"
         spans.append(f'<span title="{value:.3f}" style="{style}">{escape(show_token(token))}</span>')
     return HTML(f'<div style="font-family:monospace;line-height:1.9">{"".join(spans)}</div>')
+
+
+def draw_residual_stream(tokens, n_layers, mark=None):
+    """A drawing of the residual stream: one line for each token, from its embedding up; layers add to it. The Axes.
+
+    mark: (layer, position) of one vector x^(l) to point out, the position counted from the end, as in (4, -1).
+    """
+    axis = plt.subplots(figsize=(8, 5), layout="constrained")[1]
+    last = len(tokens) - 1
+    mlp = dict(marker="s", linestyle="", color=COLORS["random"], markeredgecolor=COLORS["baseline"])
+    axis.vlines(range(len(tokens)), 0, n_layers, color=COLORS["baseline"], linewidth=2)
+    for layer in range(n_layers):
+        for place in range(last):  # attention brings to the last token what earlier ones hold; drawn for it alone
+            axis.annotate("", (last, layer + 0.5), (place, layer + 0.1),
+                          arrowprops=dict(arrowstyle="-", color=COLORS["random"], linewidth=0.8))
+        axis.plot(range(len(tokens)), [layer + 0.8] * len(tokens), **mlp)
+    axis.plot([], [], color=COLORS["baseline"], linewidth=2, label="residual stream\nof a token")
+    axis.plot([], [], color=COLORS["random"], label="attention, from\nearlier tokens\n(drawn for the last)")
+    axis.plot([], [], **mlp, label="MLP, at each\ntoken by itself")
+    if mark is not None:
+        layer, position = mark
+        axis.plot(len(tokens) + position, layer, "o", color=COLORS["chosen"], markersize=9, zorder=3,
+                  label=f"layer {layer}'s input\nat position {position}")
+    axis.set_xticks(range(len(tokens)), map(show_token, tokens), rotation=60, ha="right", fontsize=8)
+    axis.set(ylabel="layer, at its start", yticks=range(n_layers + 1), ylim=(-0.3, n_layers + 0.3))
+    axis.set_yticklabels([*range(n_layers), "logits"])
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), labelspacing=1.5)
+    return axis
 
 
 def _heatmap(axis, values, title, signed=True):
