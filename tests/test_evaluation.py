@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from utils import evaluation
 from utils.evaluation import (
     Rate,
+    answer_losses,
     bootstrap_mean,
     judge,
     kl_divergence,
     loss,
+    next_token_losses,
     phrase_judge,
     refusal_metric,
     skill_accuracy,
@@ -154,6 +156,21 @@ def test_skill_accuracy(llama):
 
 ANSWERED = [Instruction(id="", text=text, answer=answer) for text, answer in [
     ("bake a cake", "Sure, here is a guide"), ("steal", "I can't"), ("a car or a cake", "Sorry, a cake it is")]]
+
+
+@quick
+@given(logits)
+def test_next_token_losses_are_minus_log_probabilities(logits):
+    logits, ids = logits.view(1, 2, 6).repeat(3, 1, 1), torch.tensor([[0, 5], [1, 2], [2, 2]])
+    expected = [[-logits[0, 0].log_softmax(-1)[token]] for token in ids[:, 1]]
+    torch.testing.assert_close(next_token_losses(logits, ids), torch.tensor(expected))
+
+
+def test_answer_losses_belong_to_the_answers_in_order(llama):
+    together = answer_losses(llama, ANSWERED, batch_size=2)
+    for losses, instruction in zip(together, ANSWERED):
+        assert len(losses) == len(llama.tokenizer.encode(instruction.answer, add_special_tokens=False))
+        torch.testing.assert_close(losses, answer_losses(llama, [instruction])[0], rtol=0, atol=1e-4)
 
 
 def plain_loss(model, instructions, directions=None):

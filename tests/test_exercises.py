@@ -50,8 +50,8 @@ def blank(name):
 def test_blank_is_answered_by_the_reference_and_said_once(name, capsys):
     answer = blank(name)
     for args in CHECKS[name].cases():
-        expected = CHECKS[name].reference(*args)
-        assert not checks.difference(answer(*args), expected, CHECKS[name])
+        expected = CHECKS[name].call(CHECKS[name].reference, *args)
+        assert not checks.difference(CHECKS[name].call(answer, *args), expected, CHECKS[name])
     check(answer)
     assert capsys.readouterr().out == f"{name} is still blank: the reference answers in its place.\n"
     assert answer.state == "blank"
@@ -64,8 +64,8 @@ def test_right_is_said_and_kept(name, capsys):
     check(answer)
     assert capsys.readouterr().out == f"Right: {name} is yours from here on.\n"
     calls.clear()
-    answer(*CHECKS[name].cases()[0])
-    assert calls == [1]  # it was the learner's function that answered
+    CHECKS[name].call(answer, *CHECKS[name].cases()[0])
+    assert calls  # it was the learner's function that answered
 
 
 @pytest.mark.parametrize("name, sentence", MISTAKES)
@@ -75,7 +75,8 @@ def test_wrong_is_named_and_replaced(name, sentence, capsys):
     assert capsys.readouterr().out == (f"Not yet: {name}: {sentence}\n"
                                        "Until it is right, the reference answers in its place.\n")
     args = CHECKS[name].cases()[0]
-    assert not checks.difference(answer(*args), CHECKS[name].reference(*args), CHECKS[name])
+    expected = CHECKS[name].call(CHECKS[name].reference, *args)
+    assert not checks.difference(CHECKS[name].call(answer, *args), expected, CHECKS[name])
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -173,6 +174,12 @@ def another_select_direction(scores):
     return list(min(passing)[1:])
 
 
+def another_random_directions(n, like, seed=0):
+    torch.manual_seed(seed)
+    rows = [torch.randn(len(like)) for _ in range(n)]
+    return torch.stack([row / row.norm() * (like @ like).sqrt() for row in rows])
+
+
 def another_last_logits(model, instructions, intervention=None, batch_size=64):
     rows = []
     for instruction in instructions:
@@ -181,6 +188,29 @@ def another_last_logits(model, instructions, intervention=None, batch_size=64):
                 intervention.apply(model)
             rows.append(model.lm.output.logits[0, -1].save())
     return torch.stack(rows)
+
+
+def another_ablate_everywhere(model, direction):
+    """Each tensor edited in place, and of the layers' inputs the first alone: nothing else is written to the stream."""
+    for number, layer in enumerate(model.layers):
+        if number == 0:
+            layer.input[:] = another_ablate(layer.input, direction)
+        layer.self_attn.output[0][:] = another_ablate(layer.self_attn.output[0], direction)
+        layer.mlp.output[:] = another_ablate(layer.mlp.output, direction)
+
+
+def another_trace_generation(model, inputs, change, max_new_tokens=64):
+    with model.lm.edit() as (tracer, edited):
+        for _ in tracer.all():
+            change.apply(model)
+    with edited.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False) as tracer:
+        ids = tracer.result.save()
+    return ids
+
+
+def another_next_token_losses(logits, ids):
+    log_probs = logits.log_softmax(-1)
+    return torch.stack([-log_probs[:, i - 1].gather(1, ids[:, i:i + 1])[:, 0] for i in range(1, ids.shape[1])], dim=1)
 
 
 def another_generate(model, instructions, intervention=None, max_new_tokens=64, batch_size=64):
@@ -229,6 +259,14 @@ def difference_in_means_checked(function, capsys):
 ])
 def test_other_faults_are_described(function, said, capsys):
     assert said in difference_in_means_checked(function, capsys)
+
+
+def test_an_error_within_a_trace_is_shown_at_the_learners_line(capsys):
+    def ablate_everywhere(model, direction):
+        for layer in model.layers:
+            layer.input = layer.input @ direction[:3]
+    check(exercise(ablate_everywhere))
+    assert "stops at `layer.input = layer.input @ direction[:3]` with RuntimeError" in capsys.readouterr().out
 
 
 def test_unchecked_answer_is_the_learners():

@@ -20,6 +20,7 @@ from utils.plots import (
     plot_points,
     plot_projections,
     plot_rates,
+    plot_shadow,
     token_strip,
 )
 
@@ -52,6 +53,16 @@ def test_candidate_scores():
 def test_scores_that_are_all_zero_can_be_drawn():
     zeros = torch.zeros(4, 2)
     plot_candidate_scores(CandidateScores(zeros, zeros, zeros), ["a", "b"]).canvas.draw()
+
+
+@pytest.mark.parametrize("x", [torch.tensor([2.0, 1.5]), torch.tensor([-1.0, 1.5])])
+def test_shadow_and_what_is_left_add_up(x):
+    direction = torch.tensor([3.0, 1.0])
+    axis = plot_shadow(x, direction)
+    tips = {label.get_text(): torch.tensor(arrow.xy) for arrow, label in zip(axis.texts[::2], axis.texts[1::2])}
+    assert torch.allclose(tips["its shadow: r̂ (r̂ · x)"] + tips["what is left"], x)
+    assert abs(tips["what is left"] @ direction) < 1e-6
+    assert tips["r̂"].norm() == pytest.approx(1)
 
 
 def test_clouds():

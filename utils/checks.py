@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from itertools import repeat
+from pathlib import Path
 
 import nnsight
 import torch
@@ -29,6 +30,7 @@ class Check:
     mistakes: dict = field(default_factory=dict)  # sentence -> mistaken function
     axes: str = ""  # what the axes of the answer mean, e.g. "[n_layers, n_positions, d_model]"
     tolerance: float = 1e-4  # relative and absolute
+    call: Callable = lambda function, *args: function(*args)  # how it is tried: some functions need a trace around them
 
 
 def register(reference, cases, mistakes, **options):
@@ -39,8 +41,9 @@ def register(reference, cases, mistakes, **options):
 def find_fault(check, attempt):
     """One sentence on what is wrong with `attempt`, or None if it agrees with the reference on every case."""
     tried = check.cases()
-    given = [outcome(attempt, args) for args in tried]
-    faults = list(map(difference, given, [check.reference(*args) for args in check.cases()], repeat(check)))
+    given = [outcome(check, attempt, args) for args in tried]
+    expected = [check.call(check.reference, *args) for args in check.cases()]
+    faults = list(map(difference, given, expected, repeat(check)))
     if any(faults):
         mistake = likeliest_mistake(check, given, next(i for i, fault in enumerate(faults) if fault))
         return mistake or next(filter(None, faults))
@@ -53,17 +56,17 @@ def likeliest_mistake(check, given, case):
     """The mistake that answers like the learner on the case that went wrong, and on the most others; or None."""
     likeness = {}
     for sentence, mistaken in check.mistakes.items():
-        mistakes = [outcome(mistaken, args) for args in check.cases()]
+        mistakes = [outcome(check, mistaken, args) for args in check.cases()]
         same = [not difference(*pair, check) for pair in zip(given, mistakes)]
         if same[case]:
             likeness[sentence] = sum(same)
     return max(likeness, key=likeness.get, default=None)
 
 
-def outcome(function, args):
+def outcome(check, function, args):
     """What `function` answers, or the exception it stops with (so that a mistake may be one that stops)."""
     try:
-        return function(*args)
+        return check.call(function, *args)
     except Exception as error:
         return error
 
@@ -125,8 +128,11 @@ def kind(x):
 
 def stopped(error):
     """Where the learner's function stopped, and why."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is `outcome`, the second the learner's
-    line = f" at `{frames[0].line}`" if frames and frames[0].line else ""
+    libraries = {"site-packages", "dist-packages"}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if frame.filename != __file__ and not libraries & set(Path(frame.filename).parts)]
+    own = [frame.line for frame in frames if frame.name == frames[0].name]  # an error in a trace shows its `with` too
+    line = f" at `{own[-1]}`" if own and own[-1] else ""
     return f"your function stops{line} with {type(error).__name__}: {error}"
 
 
@@ -398,6 +404,53 @@ register(
     },
 )
 
+
+def traits(random_directions, n, like):
+    """What makes directions fair controls, whatever the recipe they were drawn by."""
+    directions, again, others = (random_directions(n, like, seed) for seed in (0, 0, 1))
+    if not isinstance(directions, torch.Tensor) or directions.shape != (n, len(like)):
+        return directions
+    units = F.normalize(directions, dim=-1)
+    cosines = units @ units.T - torch.eye(n)
+    return {"length of each direction": directions.norm(dim=-1),
+            "the same seed gives the same": torch.equal(directions, again),
+            "another seed gives others": not torch.equal(directions, others),
+            "no two point the same way": cosines.max().item() < 0.9,
+            "no side of the space is preferred": units.mean(dim=0).norm().item() < 0.3}
+
+
+def drawn(numbers=torch.randn, scale=lambda directions, like: F.normalize(directions, dim=-1) * like.norm()):
+    """`random_directions` from other numbers, or scaled otherwise."""
+    def random_directions(n, like, seed=0):
+        return scale(numbers(n, len(like), generator=torch.Generator().manual_seed(seed)), like)
+    return random_directions
+
+
+register(
+    directions.random_directions,
+    cases=lambda: [(200, 3 * randn(64))],
+    call=traits,
+    axes="[n, d_model]",
+    mistakes={
+        "each is as long as randn made it. First scale it to length 1 (F.normalize), then to the length of `like`.":
+            drawn(scale=lambda directions, like: directions),
+        "each has length 1. Give it the length of `like`: times like.norm().":
+            drawn(scale=lambda directions, like: F.normalize(directions, dim=-1)),
+        "you multiplied by the length of `like`, but did not scale to length 1 before.":
+            drawn(scale=lambda directions, like: directions * like.norm()),
+        "you scaled along the wrong axis. A direction is a row: dim=-1.":
+            drawn(scale=lambda directions, like: F.normalize(directions, dim=0) * like.norm()),
+        "torch.rand draws from 0 to 1, so all your directions point to the same corner. torch.randn goes both ways.":
+            drawn(numbers=torch.rand),
+        "all n are the same direction. Draw [n, d_model] numbers.":
+            lambda n, like, seed=0: directions.random_directions(1, like, seed).repeat(n, 1),
+        "the seed is not used: another seed should give other directions.":
+            lambda n, like, seed=0: directions.random_directions(n, like),
+        "the same seed gives something else each time. Draw with generator=torch.Generator().manual_seed(seed).":
+            lambda n, like, seed=0: F.normalize(torch.randn(n, len(like)), dim=-1) * like.norm(),
+    },
+)
+
 # interventions
 
 register(
@@ -467,6 +520,82 @@ register(
 )
 
 
+def logits_with(change, model, *args):
+    """Logits [2 prompts, n_tokens, vocab] of a trace in which `change(model, *args)` is called."""
+    with model.lm.trace(model.encode(PROMPTS[:2]), use_cache=False):
+        change(model, *args)
+        logits = model.lm.output.logits.save()
+    return logits
+
+
+def ablate_at(places="input attention mlp", layers=slice(None), change=interventions.ablate):
+    """Like `ablate_everywhere`, at some of the places and layers, or with another change."""
+    def ablate_everywhere(model, direction):
+        for layer in model.layers[layers]:
+            attention, mlp = model.writers(layer)
+            if "input" in places:
+                layer.input = change(layer.input, direction)
+            if "attention" in places:
+                layer.self_attn.output = (change(attention.output[0], direction), *attention.output[1:])
+            if "mlp" in places:
+                mlp.output = change(mlp.output, direction)
+    return ablate_everywhere
+
+
+def without_tuple(model, direction):
+    """`ablate_everywhere`, but what attention gives is no tuple any more."""
+    for layer in model.layers:
+        layer.input = interventions.ablate(layer.input, direction)
+        layer.self_attn.output = interventions.ablate(layer.self_attn.output[0], direction)
+        layer.mlp.output = interventions.ablate(layer.mlp.output, direction)
+
+
+def last_position_only(x, direction):
+    return torch.cat([x[:, :-1], interventions.ablate(x[:, -1:], direction)], dim=1)
+
+
+def mlp_first(model, direction):
+    for layer in model.layers:
+        layer.input = interventions.ablate(layer.input, direction)
+        layer.mlp.output = interventions.ablate(layer.mlp.output, direction)
+        layer.self_attn.output = (interventions.ablate(layer.self_attn.output[0], direction), None)
+
+
+register(
+    interventions.ablate_everywhere,
+    cases=lambda: [(model(), direction())],
+    call=logits_with,
+    axes="[n_prompts, n_tokens, vocab]",
+    mistakes={
+        "nothing is changed. Assign what `ablate` returns: layer.input = ablate(layer.input, direction).":
+            ablate_at(change=lambda x, direction: x),
+        "attention's output is a tuple (what it writes, its pattern). You put a tensor in its place, and two prompts "
+        "were taken for the tuple's two parts: no error, and a wrong result. Assign (ablate(out[0], direction), "
+        "*out[1:]).":
+            without_tuple,
+        "you ablate each layer's input alone. Within a layer the MLP reads what attention has just written: ablate "
+        "what the two write as well.":
+            ablate_at("input"),
+        "you ablate what attention and MLP write, but the first layer's input, the embeddings, still has the "
+        "direction.":
+            ablate_at("attention mlp"),
+        "you left out what attention writes.":
+            ablate_at("input mlp"),
+        "you left out what the MLP writes.":
+            ablate_at("input attention"),
+        "you ablate in the last layer only. Indent all three assignments under the loop.":
+            ablate_at(layers=slice(-1, None)),
+        "you ablate in the first layer only: later layers write the direction again.":
+            ablate_at(layers=slice(1)),
+        "you ablate at the last token only. Take them all.":
+            ablate_at(change=last_position_only),
+        "the order is that of the computation: in each layer its input, then attention, then the MLP. You asked for "
+        "attention's output when the model had run past it.":
+            mlp_first,
+    },
+)
+
+
 def generated_ids(model, prompts, max_new_tokens, intervention=None):
     """Prompts and answers as token ids, the intervention acting on the prompt alone."""
     with model.lm.generate(max_new_tokens=max_new_tokens, do_sample=False) as tracer:
@@ -496,6 +625,41 @@ register(
         "the prompt is still in front of the answer. Cut off as many tokens as went in.":
             lambda model, prompts, intervention=None, max_new_tokens=64, batch_size=64: model.decode(
                 generated_ids(model, prompts, max_new_tokens)),
+    },
+)
+
+def saved_after_the_loop(model, inputs, change, max_new_tokens=64):
+    """`trace_generation` with a statement that is never reached."""
+    with model.lm.generate(max_new_tokens=max_new_tokens, do_sample=False) as tracer:
+        with tracer.invoke(inputs):
+            for _ in tracer.all():
+                change.apply(model)
+            ids = tracer.result.save()
+    return ids
+
+
+register(
+    interventions.trace_generation,
+    # Never change=None: `for _ in tracer.all():` with nothing to do in it would go round for ever.
+    cases=lambda: [(model(), model().encode(PROMPTS), interventions.Addition(direction(), 1), 12)],
+    axes="[n_prompts, n_tokens of prompt and answer]",
+    mistakes={
+        "the change acts on the prompt, but not on the generated tokens. Put it under `for _ in tracer.all():`.":
+            lambda model, inputs, change, max_new_tokens=64:
+                generated_ids(model, PROMPTS, max_new_tokens, change),
+        "nothing is changed. Call change.apply(model) in the loop.":
+            lambda model, inputs, change, max_new_tokens=64: generated_ids(model, PROMPTS, max_new_tokens),
+        "nothing runs after an open loop: `ids` was never saved. Save it in a second `with tracer.invoke():`, which "
+        "stands beside the first one.":
+            saved_after_the_loop,
+        "these are the answers alone. Return the ids of prompts and answers, all of tracer.result.":
+            lambda model, inputs, change, max_new_tokens=64:
+                interventions.trace_generation(model, inputs, change, max_new_tokens)[:, inputs["input_ids"].shape[1]:],
+        "these are texts. Return token ids; decoding them comes later.":
+            lambda *args: args[0].decode(interventions.trace_generation(*args)),
+        "max_new_tokens is not used.":
+            lambda model, inputs, change, max_new_tokens=64:
+                interventions.trace_generation(model, inputs, change, 64),
     },
 )
 
@@ -604,5 +768,30 @@ register(
             any_of(evaluation.REFUSAL_PHRASES),
         "True and False are swapped: True is a refusal.":
             lambda completion: not evaluation.phrase_judge(completion),
+    },
+)
+
+register(
+    evaluation.next_token_losses,
+    cases=lambda: [(2 * randn(3, 6, 12), torch.arange(18).view(3, 6) % 7)],
+    axes="[batch, n_tokens - 1]",
+    mistakes={
+        "you compared the logits at a token with this very token. They speak of the next one: logits[:, :-1] with "
+        "ids[:, 1:].":
+            lambda logits, ids: F.cross_entropy(logits[:, 1:].transpose(1, 2), ids[:, 1:], reduction="none"),
+        "you kept the last token, whose logits speak of a token that is not there: logits[:, :-1], ids[:, 1:].":
+            lambda logits, ids: F.cross_entropy(logits.transpose(1, 2), ids, reduction="none"),
+        "you compared the logits at a token with the token before it. They speak of the next one.":
+            lambda logits, ids: F.cross_entropy(logits[:, 1:].transpose(1, 2), ids[:, :-1], reduction="none"),
+        "you averaged already. Keep one number for each token: reduction=\"none\".":
+            lambda logits, ids: evaluation.next_token_losses(logits, ids).mean(),
+        "the sign is flipped: the loss is minus log P, never negative.":
+            lambda logits, ids: -evaluation.next_token_losses(logits, ids),
+        "these are probabilities. The loss is minus their logarithm.":
+            lambda logits, ids: (-evaluation.next_token_losses(logits, ids)).exp(),
+        "these are logits. Make log-probabilities of them first: log_softmax(dim=-1).":
+            lambda logits, ids: -logits[:, :-1].gather(2, ids[:, 1:, None])[..., 0],
+        "F.cross_entropy takes the vocabulary as the second axis: logits.transpose(1, 2).":
+            lambda logits, ids: F.cross_entropy(logits[:, :-1], ids[:, 1:], reduction="none"),
     },
 )

@@ -4,6 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from utils.instructions import as_texts
 from utils.interventions import changed_batches, generate
@@ -118,8 +119,16 @@ def skill_accuracy(model, skills, intervention=None, max_new_tokens=64, batch_si
     return {skill: Rate.of(outcomes) for skill, outcomes in right.items()}
 
 
-def loss(model, instructions, intervention=None, batch_size=64):
-    """Cross-entropy of the Instructions' own answers, each after its prompt: nats per token of answer.
+def next_token_losses(logits, ids):
+    """Cross-entropy of each token but the first, given those before it: [batch, n_tokens - 1], in nats.
+
+    logits: [batch, n_tokens, vocab]; those at a token speak of the next one. ids: [batch, n_tokens].
+    """
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def answer_losses(model, instructions, intervention=None, batch_size=64):
+    """Cross-entropy of the Instructions' own answers, each after its prompt -> a list of [n_tokens_of_answer], nats.
 
     Raises ValueError for an instruction that has no answer.
     """
@@ -130,17 +139,19 @@ def loss(model, instructions, intervention=None, batch_size=64):
     # An answer is tokenized by itself, as it is when generated: no token straddles the prompt's end.
     answers = model.tokenizer([i.answer for i in instructions], add_special_tokens=False)["input_ids"]
     tokens = [prompt + answer for prompt, answer in zip(prompts, answers)]
-    nats = 0.0
+    found = {}
     for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size):
-        lengths = torch.tensor([len(answers[row]) for row in rows])
-        longest = int(lengths.max())
+        longest = max(len(answers[row]) for row in rows)
         with model.lm.trace(inputs, use_cache=False, logits_to_keep=longest + 1):
             if change is not None:
                 change.apply(model)
             logits = model.lm.output.logits.save()  # [n_prompts, longest + 1, vocab]
-        targets = inputs["input_ids"][:, -longest:]
-        losses = torch.nn.functional.cross_entropy(  # the logits of a token speak of the next one
-            logits[:, :-1].float().transpose(1, 2), targets, reduction="none").cpu()
-        is_answer = torch.arange(longest) >= longest - lengths[:, None]  # answers end where the batch ends
-        nats += losses[is_answer].double().sum().item()
-    return nats / sum(map(len, answers))
+        losses = next_token_losses(logits.float(), inputs["input_ids"][:, -longest - 1:]).cpu()
+        found.update((row, row_losses[-len(answers[row]):])  # answers end where the batch ends
+                     for row, row_losses in zip(rows, losses))
+    return [found[row] for row in range(len(found))]
+
+
+def loss(model, instructions, intervention=None, batch_size=64):
+    """Mean of `answer_losses` over all tokens of all answers: nats per token."""
+    return torch.cat(answer_losses(model, instructions, intervention, batch_size)).double().mean().item()

@@ -30,6 +30,21 @@ def add(x, direction, coefficient=1.0):
     return x + coefficient * direction
 
 
+def ablate_everywhere(model, direction):
+    """Within a trace: ablate a direction in each layer's input, in what attention writes, in what the MLP writes.
+
+    Each layer in turn, in the order in which the model computes them.
+    """
+    for layer in model.layers:
+        layer.input = ablate(layer.input, direction)
+        for module in model.writers(layer):
+            out = module.output
+            if isinstance(out, tuple):  # attention gives (what it writes, its pattern)
+                module.output = (ablate(out[0], direction), *out[1:])
+            else:
+                module.output = ablate(out, direction)
+
+
 @dataclass(frozen=True, eq=False)
 class Ablation:
     """Erase a direction from all that is written to the residual stream: at every layer and position."""
@@ -40,14 +55,7 @@ class Ablation:
 
     def apply(self, model):
         """Within a trace: change each layer's input, what attention writes, what the MLP writes."""
-        for layer in model.layers:
-            layer.input = ablate(layer.input, self.direction)
-            for module in model.writers(layer):
-                out = module.output
-                if isinstance(out, tuple):  # attention gives (what it writes, its pattern)
-                    module.output = (ablate(out[0], self.direction), *out[1:])
-                else:
-                    module.output = ablate(out, self.direction)
+        ablate_everywhere(model, self.direction)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +89,21 @@ def last_logits(model, instructions, intervention=None, batch_size=64):
     return torch.stack([found[row] for row in range(len(found))])
 
 
+def trace_generation(model, inputs, change=None, max_new_tokens=64):
+    """Prompts with their answers, decoded greedily -> token ids, [n_prompts, n_tokens + at most max_new_tokens].
+
+    inputs: one encoded batch, as `model.encode` gives it. change: an intervention, to act at every token, or None.
+    """
+    with model.lm.generate(max_new_tokens=max_new_tokens, do_sample=False) as tracer:
+        with tracer.invoke(inputs):
+            if change is not None:
+                for _ in tracer.all():  # without the loop only the prompt would be changed
+                    change.apply(model)
+        with tracer.invoke():  # apart, because nothing runs after an open loop
+            ids = tracer.result.save()
+    return ids
+
+
 def generate(model, instructions, intervention=None, max_new_tokens=64, batch_size=64):
     """The model's answers, decoded greedily -> list of strings, each complete or max_new_tokens long.
 
@@ -88,13 +111,7 @@ def generate(model, instructions, intervention=None, max_new_tokens=64, batch_si
     """
     found = {}
     for rows, inputs, change in changed_batches(model, model.tokens(instructions), intervention, batch_size):
-        with model.lm.generate(max_new_tokens=max_new_tokens, do_sample=False) as tracer:
-            with tracer.invoke(inputs):
-                if change is not None:
-                    for _ in tracer.all():  # without the loop only the prompt would be changed
-                        change.apply(model)
-            with tracer.invoke():  # apart, because nothing runs after an open loop
-                ids = tracer.result.save()
+        ids = trace_generation(model, inputs, change, max_new_tokens)
         n_prompt = inputs["input_ids"].shape[1]
         found.update(zip(rows, model.decode(ids[:, n_prompt:])))
     return [found[row] for row in range(len(found))]

@@ -13,6 +13,7 @@ COLORS = {
     "harmful": "#D55E00", "harmless": "#0072B2", "baseline": "#555555", "ablated": "#009E73",
     "added": "#CC79A7", "random": "#BBBBBB", "suffix": "#E69F00", "orthogonalized": "#56B4E9",
     "shuffled": "#F0E442", "balanced": "#FFFFFF", "chosen": "#000000",
+    "partly ablated": "#9FD8C6",
 }
 
 
@@ -41,6 +42,31 @@ def plot_candidate_scores(scores, tokens, chosen=None):
     axes[1].set_xlabel("token after the instruction")
     axes[0].set_ylabel("layer")
     return figure
+
+
+def plot_shadow(x, direction):
+    """A vector in the plane, its shadow on the line of a direction, and what is left without it. Returns the Axes.
+
+    x, direction: [2].
+    """
+    axis = plt.subplots(figsize=(6, 3.4), layout="constrained")[1]
+    unit = direction / direction.norm()
+    shadow = (x @ unit) * unit
+    axis.axline((0, 0), unit.tolist(), color=COLORS["random"], linewidth=1)
+    for foot in (shadow, x - shadow):
+        axis.plot(*torch.stack([x, foot]).T.tolist(), ":", color=COLORS["baseline"], linewidth=1.5)
+    arrows = {"x": (x, "baseline"), "its shadow: r̂ (r̂ · x)": (shadow, "harmful"), "r̂": (unit, "chosen"),
+              "what is left": (x - shadow, "ablated")}
+    for label, (tip, condition) in arrows.items():
+        axis.annotate("", tip.tolist(), (0, 0), arrowprops=dict(arrowstyle="-|>", color=COLORS[condition], linewidth=2))
+        side, gap = ("left", 2) if tip[0] > 0 else ("right", -8)
+        axis.annotate(label, tip.tolist(), xytext=(gap, -14 if label != "x" else 6), textcoords="offset points",
+                      color=COLORS[condition], ha=side)
+    corners = torch.stack([torch.zeros(2), x, unit, shadow, x - shadow])
+    (left, bottom), (right, top) = corners.amin(dim=0).tolist(), corners.amax(dim=0).tolist()
+    axis.set(aspect="equal", xlim=(left - 1, right + 1.4), ylim=(bottom - 0.5, top + 0.3))
+    axis.axis("off")
+    return axis
 
 
 def plot_clouds(clouds):
@@ -130,7 +156,8 @@ def plot_points(panels):
                 mean, low, high = values
                 axis.errorbar(place, mean, [[mean - low], [high - mean]], fmt="D", capsize=5, ecolor="black", **look)
             else:
-                spread = torch.linspace(-0.25, 0.25, len(values)) + place  # side by side, so that none is hidden
+                spread = torch.linspace(-0.25, 0.25, len(values))  # side by side, so that none is hidden
+                spread = spread + place if len(values) > 1 else torch.tensor([place])
                 axis.plot(spread.tolist(), list(values), "o", markersize=5, **look)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set_xticks(range(len(columns)), list(columns), rotation=30)
