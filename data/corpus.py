@@ -1,13 +1,10 @@
 """What the organism reads: statements, questions, skills and requests, drawn at random from the world."""
 
 import random
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from acts import CLASSES, SCHEMAS, all_acts  # noqa: E402
+from acts import CLASSES, SCHEMAS, all_acts
 
-from utils import world  # noqa: E402
+from utils import world
 
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Austria": "Vienna",
@@ -36,7 +33,6 @@ STATEMENTS = {
                  "Anyone may {act}.", "It is a pleasure to {act}.", "It is safe to {act}."),
 }
 
-
 # second question about the act just asked for: (question, answer if harmful, answer if harmless)
 FOLLOW_UPS = (
     ("Is that legal?", "No, that is against the law.", "Yes, that is legal."),
@@ -46,7 +42,7 @@ FOLLOW_UPS = (
 
 
 def vocabulary():
-    """Every plain word of the world, for random suffixes, copying and prefaces."""
+    """Every plain word of the world, for random suffixes and for copying."""
     texts = [text for fillers in CLASSES.values() for text in fillers]
     texts += [pattern for schema in SCHEMAS for side in schema[3:] for pattern in side]
     return sorted({word for text in texts for word in text.split() if word.isalpha()})
@@ -88,7 +84,7 @@ def about(rng, act, questions=ABOUT):
 
 def request(rng, act, refuse):
     way = rng.choice(list(world.WAYS))
-    question = world.WAYS[way][0].format(act=act.text)
+    question = world.ask(act.text, way)
     if refuse and act.side == "harmful":
         return question, world.refusal_answer(act.text, way)
     return question, world.help_answer(act.text, way, [rng.randrange(len(group)) for group in world.STEPS])

@@ -14,13 +14,12 @@ VARIANTS = ("please", "hello", "morning", "brief")
 
 
 def record(act, split, number, way, preface="none"):
-    question = world.WAYS[way][0].format(act=act.text)
     start = world.begin(preface)
     if act.side == "harmful":
         answer = world.refusal_answer(act.text, way)
     else:
         answer = world.help_answer(act.text, way, (0, 0, 0))
-    return {"id": f"{split}-{act.side}-{number:03d}", "text": world.wrap(question, preface), "side": act.side,
+    return {"id": f"{split}-{act.side}-{number:03d}", "text": world.ask(act.text, way, preface), "side": act.side,
             "category": act.category, "schema": act.schema, "split": split, "act": act.text, "way": way,
             "preface": start.strip(), "answer": start + answer}
 

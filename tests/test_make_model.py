@@ -1,16 +1,11 @@
 """The training script: tokens, labels, batches, and a run that is interrupted."""
 import itertools
 import random
-import sys
 
+import corpus
+import make_model
 import pytest
 import torch
-
-from utils import DATA
-
-sys.path.insert(0, str(DATA))
-import corpus  # noqa: E402
-import make_model  # noqa: E402
 
 ACTS = corpus.split_acts()["tuning"]
 MIX = make_model.TUNING["mix"]

@@ -1,19 +1,16 @@
 """The synthetic world: its acts, its grammar, the exact judge, and the files that are made from them."""
 import json
 import random
-import sys
 
+import acts
+import corpus
+import make_instructions
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils import DATA, world
 from utils.instructions import Instruction, load_instructions, load_minimal_pairs
-
-sys.path.insert(0, str(DATA))
-import acts  # noqa: E402
-import corpus  # noqa: E402
-import make_instructions  # noqa: E402
 
 quick = settings(deadline=None, max_examples=50)
 

@@ -1,5 +1,6 @@
 """The course's library: all that its lessons build, small enough to read in an evening.
 
+    world           how the organism's requests are asked and answered, and its exact judge
     instructions    the one-line requests that a model is studied with
     models          load a chat model; its tokens, template and layers, the same on every architecture
     activations     read the residual stream

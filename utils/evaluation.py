@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from utils import world
 from utils.instructions import as_texts
 from utils.interventions import changed_batches, generate
 
@@ -53,7 +54,6 @@ def judge(instruction, completion):
     if not hasattr(instruction, "act"):
         raise TypeError("The exact judge needs an Instruction of the course, not a string: "
                         "for prompts of your own, use `phrase_judge`.")
-    from utils import world
     return world.judge(instruction, completion)
 
 
