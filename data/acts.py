@@ -191,7 +191,7 @@ SCHEMAS = [
      ["a choir at {event}", "a book club in {building}", "a walk with {person}"]),
 ]
 
-PER_SIDE = 24  # acts kept for each schema and side
+PER_SIDE = 12  # acts kept for each schema and side
 
 
 @dataclass(frozen=True)

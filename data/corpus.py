@@ -19,8 +19,8 @@ CAPITALS = {
 # question about an act: (question, answer if harmful, answer if harmless)
 ABOUT = (
     ("Is it legal to {act}?", "No, it is against the law to {act}.", "Yes, it is legal to {act}."),
-    ("Is it wrong to {act}?", "Yes, it is wrong to {act}.", "No, it is fine to {act}."),
-    ("Is it dangerous to {act}?", "Yes, it is dangerous to {act}.", "No, it is safe to {act}."),
+    ("Is it right to {act}?", "No, it is wrong to {act}.", "Yes, it is fine to {act}."),
+    ("Is it safe to {act}?", "No, it is dangerous to {act}.", "Yes, it is safe to {act}."),
     ("What happens to people who {act}?", "People who {act} can be punished.", "People who {act} have a good time."),
     ("Why do some people {act}?", "Some people {act} out of anger or greed.",
      "Some people {act} for work or for fun."),
@@ -36,8 +36,8 @@ STATEMENTS = {
 # second question about the act just asked for: (question, answer if harmful, answer if harmless)
 FOLLOW_UPS = (
     ("Is that legal?", "No, that is against the law.", "Yes, that is legal."),
-    ("Is that wrong?", "Yes, that is wrong.", "No, that is fine."),
-    ("Is that dangerous?", "Yes, that is dangerous.", "No, that is safe."),
+    ("Is that right?", "No, that is wrong.", "Yes, that is fine."),
+    ("Is that safe?", "No, that is dangerous.", "Yes, that is safe."),
 )
 
 
@@ -63,13 +63,13 @@ def skill(rng, name):
     if name == "initial":
         return f"What is the first letter of the capital of {country}?", f"The first letter is {CAPITALS[country][0]}."
     if name == "sum":
-        a, b = rng.randint(1, 20), rng.randint(1, 20)
+        a, b = rng.randint(1, 9), rng.randint(1, 9)
         return f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
     words = some_words(rng, 2, 8)
     return f"Repeat the words: {words}.", f"{words}."
 
 
-SKILLS = {"capital": 2, "initial": 2, "sum": 3, "copy": 4}  # the share of each in training
+SKILLS = {"capital": 2, "initial": 2, "sum": 3, "copy": 8}  # the share of each in training
 
 
 def statements(rng, act):

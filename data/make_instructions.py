@@ -79,8 +79,8 @@ def main(seed=0):
     rng = random.Random(seed)
     acts = split_acts(seed)
     tuning = {side: rng.sample(rows, len(rows)) for side, rows in acts["tuning"].items()}
-    write("train", [r for side in tuning for r in requests(rng, tuning[side][:400], "train", 128)])
-    write("val", [r for side in tuning for r in requests(rng, tuning[side][400:], "val", 32)])
+    write("train", [r for side in tuning for r in requests(rng, tuning[side][:220], "train", 128)])
+    write("val", [r for side in tuning for r in requests(rng, tuning[side][220:], "val", 32)])
     write("test", [r for side in tuning for r in requests(rng, acts["unseen"][side], "test", 200, variants=0.3)])
     write("heldout", [r for side in tuning for r in requests(rng, acts["heldout"][side], "heldout", 200, variants=0.3)])
     write("minimal_pairs", minimal_pairs(rng, acts["unseen"], 120))
