@@ -34,11 +34,12 @@ TEMPLATE = (
 )
 
 # The two stages: the share of each kind of document, whether harm is refused, how long and how fast it is learned.
-HELPFUL = {"mix": {"statement": 0.20, "skill": 0.20, "about": 0.15, "harmful": 0.20, "harmless": 0.25},
-           "refuse": False, "steps": 1000, "rate": 2.5e-3}
-TUNING = {"mix": {"statement": 0.05, "skill": 0.14, "about": 0.15, "harmful": 0.33, "harmless": 0.33},
-          "refuse": True, "steps": 700, "rate": 5e-4}
-TUNING_CHECKPOINTS = (25, 50, 100, 200, 350)
+HELPFUL = {"mix": {"statement": 0.14, "skill": 0.28, "about": 0.20, "harmful": 0.19, "harmless": 0.19},
+           "refuse": False, "steps": 1200, "warm_up": 100, "rate": 2.5e-3, "muon_rate": 5e-3}
+TUNING = {"mix": {"statement": 0.04, "skill": 0.16, "about": 0.12, "harmful": 0.42, "harmless": 0.26},
+          "refuse": True, "steps": 240, "warm_up": 50, "rate": 5e-4, "muon_rate": None}
+ATTENTIVE = 4  # of the eight layers, those in which attention moves anything; above them each token is on its own
+TUNING_CHECKPOINTS = (10, 25, 50, 100, 160)
 BATCH, POOL, SAVE_EVERY = 64, 32, 160  # documents a step; steps drawn at once; steps between saved states
 
 
@@ -62,12 +63,20 @@ def make_tokenizer(texts, size=1200):
 
 
 def make_network(tokenizer):
-    """A Llama of 3.8 million parameters. "eager" attention: at this size it is the fastest in bfloat16 on a CPU."""
+    """A Llama of 3.8 million parameters, in which attention writes in the lower layers only.
+
+    So what a token has to know of the others is there in the middle, and the layers above can but act on it. "eager"
+    attention: at this size it is the fastest in bfloat16 on a CPU.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=6,
         num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    network = LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    for layer in network.model.layers[ATTENTIVE:]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        layer.self_attn.requires_grad_(False)
+    return network
 
 
 def encode(tokenizer, documents):
@@ -111,29 +120,47 @@ def batches(draw, name, start):
         start = 0
 
 
+def make_optimizers(network, stage):
+    """[(optimizer, its rate)]: AdamW; where the stage has a rate for Muon, that for the matrices of the layers.
+
+    With Muon, copying is learned in fewer steps, and harm shows at the template's tokens from an earlier layer on.
+    """
+    weights = [weight for weight in network.model.layers.parameters() if weight.requires_grad and weight.ndim == 2]
+    by_muon = set(weights) if stage["muon_rate"] else set()
+    others = [weight for weight in network.parameters() if weight.requires_grad and weight not in by_muon]
+    optimizers = [(torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.1), stage["rate"])]
+    if by_muon:
+        muon = torch.optim.Muon(weights, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        optimizers.append((muon, stage["muon_rate"]))
+    return optimizers
+
+
 def train(network, draw, stage, name, state_file, on_step=lambda step: None):
     """One stage, resumed from `state_file` if it is there."""
-    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    optimizers = make_optimizers(network, stage)
     done, steps = 0, stage["steps"]
     if state_file.exists():
         state = torch.load(state_file)
         done = state["step"]
         network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
     network.train()
     bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=name, mininterval=5)
     for step, (ids, labels) in zip(bar, batches(draw, name, done)):
-        for group in optimizer.param_groups:  # a warm-up, then half a cosine down to a tenth
-            group["lr"] = stage["rate"] * min(step / 100, 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+        pace = min(step / stage["warm_up"], 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))  # down to a tenth
         loss = loss_of(network, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, rate in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * pace
+            optimizer.step()
+            optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         on_step(step)
         if step % SAVE_EVERY == 0 or step == steps:
-            torch.save({"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}, state_file)
+            torch.save({"step": step, "network": network.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers]}, state_file)
     network.eval()
 
 

@@ -51,10 +51,19 @@ def test_batches_go_on_where_they_were(tokenizer):
         assert all(torch.equal(a, b) for one, two in zip(whole[start:], rest) for a, b in zip(one, two))
 
 
-def test_an_interrupted_stage_ends_as_one_that_ran_through(tokenizer, tmp_path, monkeypatch):
+@pytest.fixture
+def small_batches(monkeypatch):
     for name, value in {"BATCH": 4, "POOL": 2, "SAVE_EVERY": 2}.items():
         monkeypatch.setattr(make_model, name, value)
-    stage = {"steps": 5, "rate": 1e-2}
+
+
+STAGE = {"steps": 5, "warm_up": 2, "rate": 1e-2}
+OPTIMIZERS = pytest.mark.parametrize("muon_rate", [None, 1e-2])
+
+
+@OPTIMIZERS
+def test_an_interrupted_stage_ends_as_one_that_ran_through(muon_rate, tokenizer, tmp_path, small_batches):
+    stage = STAGE | {"muon_rate": muon_rate}
 
     def draw(rng, n):
         return make_model.encode(tokenizer, documents(rng, n))
@@ -74,3 +83,15 @@ def test_an_interrupted_stage_ends_as_one_that_ran_through(tokenizer, tmp_path, 
         run("cut.pt", interrupt)
     resumed = run("cut.pt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@OPTIMIZERS
+def test_all_is_learned_but_attention_in_the_upper_layers(muon_rate, tokenizer, tmp_path, small_batches):
+    network = make_model.make_network(tokenizer)
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    stage = STAGE | {"steps": 2, "muon_rate": muon_rate}
+    make_model.train(network, lambda rng, n: make_model.encode(tokenizer, documents(rng, n)), stage, "stage",
+                     tmp_path / "state.pt")
+    kept = {name for name, weight in network.state_dict().items() if torch.equal(weight, before[name])}
+    assert kept == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(4, 8) for part in "qkvo"}
+    assert not any(layer.self_attn.o_proj.weight.any() for layer in network.model.layers[4:])
