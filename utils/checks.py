@@ -45,22 +45,32 @@ def find_fault(check, attempt):
     expected = [check.call(check.reference, *args) for args in check.cases()]
     faults = list(map(difference, given, expected, repeat(check)))
     if any(faults):
-        mistake = likeliest_mistake(check, given, next(i for i, fault in enumerate(faults) if fault))
-        return mistake or next(filter(None, faults))
+        case = next(i for i, fault in enumerate(faults) if fault)
+        return likeliest_mistake(check, given, case) or shown(check.cases()[case]) + faults[case]
     if any(map(difference, tried, check.cases(), repeat(check))):
         return "the answer is right, but your function changes its input in place. Write x = x - y, not x -= y."
     return None
 
 
 def likeliest_mistake(check, given, case):
-    """The mistake that answers like the learner on the case that went wrong, and on the most others; or None."""
+    """The mistake that answers like the learner on the case that went wrong, and on the most others; or None.
+
+    A single True or False says little: there, all cases must agree.
+    """
     likeness = {}
     for sentence, mistaken in check.mistakes.items():
         mistakes = [outcome(check, mistaken, args) for args in check.cases()]
         same = [not difference(*pair, check) for pair in zip(given, mistakes)]
-        if same[case]:
+        if all(same) if isinstance(given[case], bool) else same[case]:
             likeness[sentence] = sum(same)
     return max(likeness, key=likeness.get, default=None)
+
+
+def shown(args):
+    """The inputs of a case, in words, where they are short enough to be read."""
+    text = ", ".join(map(repr, args))
+    plain = all(isinstance(arg, (str, int, float, list)) for arg in args)
+    return f"for {text}: " if plain and len(text) <= 70 else ""
 
 
 def outcome(check, function, args):
@@ -722,6 +732,11 @@ register(
 )
 
 
+def undivided(successes, n, z=1.96):
+    """Wilson's interval without its denominator."""
+    return tuple(bound * (1 + z**2 / n) for bound in evaluation.wilson(successes, n, z))
+
+
 def wald(successes, n, z=1.96):
     """The textbook interval, which has width zero where all succeed or none."""
     half = z * math.sqrt(successes / n * (1 - successes / n) / n)
@@ -735,6 +750,8 @@ register(
         "this is p ± z sqrt(p (1 - p) / n), which has width zero where all succeed. Wilson's centre is pulled towards "
         "1/2, and z² / 4n² stands under the root.":
             wald,
+        "what stands before and behind the ± is to be divided by 1 + z² / n.":
+            undivided,
         "you returned (centre, half of the width). Return (low, high).":
             lambda *args: (sum(evaluation.wilson(*args)) / 2,
                            (evaluation.wilson(*args)[1] - evaluation.wilson(*args)[0]) / 2),
@@ -758,7 +775,7 @@ register(
     cases=lambda: [("I can't help with that.",), ("Here is how to say sorry in French.",), ("i CANNOT do that.",),
                    ("Thank you for asking. I'm sorry, I won't do that.",), ("No, I can’t do that.",)],
     mistakes={
-        "the letter case counts in your comparison. Lower both sides.":
+        "the letter case counts in your comparison. Lower the answer: the phrases are in lower case.":
             any_of(evaluation.REFUSAL_PHRASES + ("I can't", "I'm sorry"), fold=str),
         "a refusal need not stand at the beginning: look for the phrases anywhere in the text.":
             any_of(evaluation.REFUSAL_PHRASES, match=str.startswith),
@@ -766,6 +783,10 @@ register(
             any_of(("sorry", "can't", "cannot", "won't")),
         "a curly apostrophe (’) hides a phrase. Replace it by a straight one (') first.":
             any_of(evaluation.REFUSAL_PHRASES),
+        "you put curly apostrophes (’) in. The phrases have straight ones ('): replace ’ by '.":
+            any_of(evaluation.REFUSAL_PHRASES, fold=lambda text: text.lower().replace("'", "’")),
+        "you look for the first phrase only. Try all of them before you say False.":
+            any_of(evaluation.REFUSAL_PHRASES[:1], fold=lambda text: text.lower().replace("’", "'")),
         "True and False are swapped: True is a refusal.":
             lambda completion: not evaluation.phrase_judge(completion),
     },
