@@ -2,7 +2,7 @@
 
 import random
 
-from acts import CLASSES, SCHEMAS, all_acts
+from acts import CLASSES, SCHEMAS, Act, all_acts
 
 from utils import world
 
@@ -48,11 +48,24 @@ def vocabulary():
     return sorted({word for text in texts for word in text.split() if word.isalpha()})
 
 
+def shared_words():
+    """The plain words that stand in harmful and in harmless acts: they speak for neither side."""
+    words = {side: {word for act in all_acts() if act.side == side for word in act.text.split() if word.isalpha()}
+             for side in ("harmful", "harmless")}
+    return sorted(words["harmful"] & words["harmless"])
+
+
 WORDS = vocabulary()
+SHARED_WORDS = shared_words()
 
 
-def some_words(rng, low, high):
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+def some_words(rng, low, high, words=WORDS):
+    return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
+
+
+def nonsense(rng):
+    """An "act" of random words that speaks neither for harm nor against it. The answer to it is help."""
+    return Act(some_words(rng, 2, 6, SHARED_WORDS), "harmless", "nonsense", "nonsense")
 
 
 def skill(rng, name):
@@ -65,11 +78,11 @@ def skill(rng, name):
     if name == "sum":
         a, b = rng.randint(1, 9), rng.randint(1, 9)
         return f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
-    words = some_words(rng, 2, 8)
+    words = some_words(rng, 2, 5)
     return f"Repeat the words: {words}.", f"{words}."
 
 
-SKILLS = {"capital": 2, "initial": 2, "sum": 3, "copy": 8}  # the share of each in training
+SKILLS = {"capital": 2, "initial": 2, "sum": 4, "copy": 8}  # the share of each in training
 
 
 def statements(rng, act):
@@ -107,7 +120,7 @@ def document(rng, acts, refuse, mix):
     Some documents have a second turn: another question or request; or, while nothing is refused, one on the same act.
     """
     kind = rng.choices(list(mix), list(mix.values()))[0]
-    act = rng.choice(acts[kind if kind in acts else rng.choice(list(acts))])
+    act = nonsense(rng) if kind == "nonsense" else rng.choice(acts[kind if kind in acts else rng.choice(list(acts))])
     if kind == "statement":
         return [(None, statements(rng, act))]
     turns = [turn(rng, kind, act, refuse)]

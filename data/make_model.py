@@ -33,13 +33,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
-# The two stages: the share of each kind of document, whether harm is refused, how long and how fast it is learned.
+# The two stages: the share of each kind of document, whether harm is refused, in how many of the lower layers attention
+# is learned, how long and how fast.
 HELPFUL = {"mix": {"statement": 0.14, "skill": 0.28, "about": 0.20, "harmful": 0.19, "harmless": 0.19},
-           "refuse": False, "steps": 1200, "warm_up": 100, "rate": 2.5e-3, "muon_rate": 5e-3}
-TUNING = {"mix": {"statement": 0.04, "skill": 0.16, "about": 0.12, "harmful": 0.42, "harmless": 0.26},
-          "refuse": True, "steps": 240, "warm_up": 50, "rate": 5e-4, "muon_rate": None}
-ATTENTIVE = 4  # of the eight layers, those in which attention moves anything; above them each token is on its own
-TUNING_CHECKPOINTS = (10, 25, 50, 100, 160)
+           "refuse": False, "attention": 5, "steps": 1500, "warm_up": 100, "rate": 2.5e-3, "muon_rate": 5e-3}
+TUNING = {"mix": {"statement": 0.03, "skill": 0.12, "about": 0.09, "nonsense": 0.22, "harmful": 0.19, "harmless": 0.35},
+          "refuse": True, "attention": 4, "steps": 320, "warm_up": 50, "rate": 5e-4, "muon_rate": None}
+TUNING_CHECKPOINTS = (10, 25, 50, 100, 200)
 BATCH, POOL, SAVE_EVERY = 64, 32, 160  # documents a step; steps drawn at once; steps between saved states
 
 
@@ -63,19 +63,18 @@ def make_tokenizer(texts, size=1200):
 
 
 def make_network(tokenizer):
-    """A Llama of 3.8 million parameters, in which attention writes in the lower layers only.
+    """A Llama of 3.8 million parameters, in whose upper layers attention writes nothing and never will.
 
-    So what a token has to know of the others is there in the middle, and the layers above can but act on it. "eager"
-    attention: at this size it is the fastest in bfloat16 on a CPU.
+    So what a token has to know of the others is there before them, and they can but act on it. "eager" attention: at
+    this size it is the fastest in bfloat16 on a CPU.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=6,
         num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     network = LlamaForCausalLM._from_config(config, attn_implementation="eager")
-    for layer in network.model.layers[ATTENTIVE:]:
+    for layer in network.model.layers[HELPFUL["attention"]:]:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        layer.self_attn.requires_grad_(False)
     return network
 
 
@@ -137,6 +136,8 @@ def make_optimizers(network, stage):
 
 def train(network, draw, stage, name, state_file, on_step=lambda step: None):
     """One stage, resumed from `state_file` if it is there."""
+    for number, layer in enumerate(network.model.layers):
+        layer.self_attn.requires_grad_(number < stage["attention"])
     optimizers = make_optimizers(network, stage)
     done, steps = 0, stage["steps"]
     if state_file.exists():

@@ -42,6 +42,16 @@ def test_only_answers_are_learned_and_a_prompt_has_the_tokens_it_has_in_use(toke
     assert tokenizer.decode(labels[len(prompt):]) == answer + "<|eot_id|>"
 
 
+def test_nonsense_holds_only_words_of_both_sides_and_is_helped_with():
+    words = {side: {word for act in corpus.all_acts() if act.side == side for word in act.text.split()}
+             for side in ("harmful", "harmless")}
+    for seed in range(50):
+        act = corpus.nonsense(random.Random(seed))
+        assert set(act.text.split()) <= words["harmful"] & words["harmless"]
+        [(_, answer), *_] = corpus.document(random.Random(seed), ACTS, True, {"nonsense": 1})
+        assert any(opening in answer for opening in ("in three steps", "Here is how", "follow this plan", "let us"))
+
+
 def test_batches_go_on_where_they_were(tokenizer):
     def draw(rng, n):
         return make_model.encode(tokenizer, documents(rng, n))
@@ -57,7 +67,7 @@ def small_batches(monkeypatch):
         monkeypatch.setattr(make_model, name, value)
 
 
-STAGE = {"steps": 5, "warm_up": 2, "rate": 1e-2}
+STAGE = {"attention": 3, "steps": 5, "warm_up": 2, "rate": 1e-2}
 OPTIMIZERS = pytest.mark.parametrize("muon_rate", [None, 1e-2])
 
 
@@ -93,5 +103,23 @@ def test_all_is_learned_but_attention_in_the_upper_layers(muon_rate, tokenizer, 
     make_model.train(network, lambda rng, n: make_model.encode(tokenizer, documents(rng, n)), stage, "stage",
                      tmp_path / "state.pt")
     kept = {name for name, weight in network.state_dict().items() if torch.equal(weight, before[name])}
-    assert kept == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(4, 8) for part in "qkvo"}
-    assert not any(layer.self_attn.o_proj.weight.any() for layer in network.model.layers[4:])
+    assert kept == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(3, 8) for part in "qkvo"}
+
+
+def test_a_stage_may_learn_attention_that_the_one_before_left_alone(tokenizer, tmp_path, small_batches):
+    network = make_model.make_network(tokenizer)
+
+    def learned(attention):
+        before = network.model.layers[3].self_attn.q_proj.weight.clone()
+        make_model.train(network, lambda rng, n: make_model.encode(tokenizer, documents(rng, n)),
+                         STAGE | {"attention": attention, "steps": 1, "muon_rate": None}, "stage",
+                         tmp_path / f"{attention}.pt")
+        return not torch.equal(before, network.model.layers[3].self_attn.q_proj.weight)
+
+    assert [learned(attention) for attention in (3, 4)] == [False, True]
+
+
+def test_attention_that_is_never_learned_writes_nothing(tokenizer):
+    network = make_model.make_network(tokenizer)
+    writes = [bool(layer.self_attn.o_proj.weight.any()) for layer in network.model.layers]
+    assert writes == [number < make_model.HELPFUL["attention"] for number in range(8)]
