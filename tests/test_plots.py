@@ -60,8 +60,8 @@ def test_shadow_and_what_is_left_add_up(x):
     direction = torch.tensor([3.0, 1.0])
     axis = plot_shadow(x, direction)
     tips = {label.get_text(): torch.tensor(arrow.xy) for arrow, label in zip(axis.texts[::2], axis.texts[1::2])}
-    assert torch.allclose(tips["its shadow: r̂ (r̂ · x)"] + tips["what is left"], x)
-    assert abs(tips["what is left"] @ direction) < 1e-6
+    assert torch.allclose(tips["its shadow: r̂ (r̂ · x)"] + tips["what is left: x′"], x)
+    assert abs(tips["what is left: x′"] @ direction) < 1e-6
     assert tips["r̂"].norm() == pytest.approx(1)
 
 

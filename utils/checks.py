@@ -426,7 +426,7 @@ def traits(random_directions, n, like):
             "the same seed gives the same": torch.equal(directions, again),
             "another seed gives others": not torch.equal(directions, others),
             "no two point the same way": cosines.max().item() < 0.9,
-            "no side of the space is preferred": units.mean(dim=0).norm().item() < 0.3}
+            "every direction is equally likely": units.mean(dim=0).norm().item() < 0.3}
 
 
 def drawn(numbers=torch.randn, scale=lambda directions, like: F.normalize(directions, dim=-1) * like.norm()):
@@ -450,7 +450,7 @@ register(
             drawn(scale=lambda directions, like: directions * like.norm()),
         "you scaled along the wrong axis. A direction is a row: dim=-1.":
             drawn(scale=lambda directions, like: F.normalize(directions, dim=0) * like.norm()),
-        "torch.rand draws from 0 to 1, so all your directions point to the same corner. torch.randn goes both ways.":
+        "torch.rand draws from 0 to 1, so all your directions lean to one side. torch.randn goes both ways.":
             drawn(numbers=torch.rand),
         "all n are the same direction. Draw [n, d_model] numbers.":
             lambda n, like, seed=0: directions.random_directions(1, like, seed).repeat(n, 1),

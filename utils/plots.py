@@ -13,7 +13,7 @@ COLORS = {
     "harmful": "#D55E00", "harmless": "#0072B2", "baseline": "#555555", "ablated": "#009E73",
     "added": "#CC79A7", "random": "#BBBBBB", "suffix": "#E69F00", "orthogonalized": "#56B4E9",
     "shuffled": "#F0E442", "balanced": "#FFFFFF", "chosen": "#000000",
-    "partly ablated": "#9FD8C6",
+    "one layer": "#9FD8C6", "prompt only": "#CDE6A5",
 }
 
 
@@ -56,7 +56,7 @@ def plot_shadow(x, direction):
     for foot in (shadow, x - shadow):
         axis.plot(*torch.stack([x, foot]).T.tolist(), ":", color=COLORS["baseline"], linewidth=1.5)
     arrows = {"x": (x, "baseline"), "its shadow: r̂ (r̂ · x)": (shadow, "harmful"), "r̂": (unit, "chosen"),
-              "what is left": (x - shadow, "ablated")}
+              "what is left: x′": (x - shadow, "ablated")}
     for label, (tip, condition) in arrows.items():
         axis.annotate("", tip.tolist(), (0, 0), arrowprops=dict(arrowstyle="-|>", color=COLORS[condition], linewidth=2))
         side, gap = ("left", 2) if tip[0] > 0 else ("right", -8)
@@ -215,14 +215,17 @@ def plot_rates(rates, title="", ylabel="refusal (%)", axis=None):
         places = range(start, start + len(bars))
         for place, (condition, rate) in zip(places, bars.items()):
             low, high = rate.interval
-            axis.bar(place, 100 * rate.value, width=0.8, color=COLORS.get(condition, COLORS["random"]),
+            color = COLORS.get(condition, COLORS["random"])
+            axis.bar(place, 100 * rate.value, width=0.8, color=color, edgecolor=color, linewidth=2,  # seen at 0 too
                      label=None if condition in drawn else condition)
+            axis.annotate(f"{100 * rate.value:.0f}", (place, 100 * high), xytext=(0, 2), textcoords="offset points",
+                          ha="center", fontsize=8)
             axis.errorbar(place, 50 * (low + high), yerr=50 * (high - low), color="black", capsize=4)
             drawn.add(condition)
         ticks.update({start + (len(bars) - 1) / 2: group} if grouped else zip(places, bars))
         start += len(bars) + 1
     axis.set_xticks(list(ticks), list(ticks.values()))
-    axis.set(ylim=(0, 105), ylabel=ylabel, title=title)
+    axis.set(ylim=(0, 110), yticks=range(0, 101, 20), ylabel=ylabel, title=title)
     axis.spines[["top", "right"]].set_visible(False)
     if grouped:
         axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
