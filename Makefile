@@ -5,8 +5,6 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 ROOT_OPTION := $(if $(filter 0,$(shell id -u)),--allow-root)
 LESSONS := $(wildcard lessons/*.ipynb)
 SOLUTIONS := $(wildcard solutions/*.ipynb)
-# Lessons run on the organism, so they are run, and their solutions compared, where `make model` has made it.
-ORGANISM := $(wildcard data/organism/chat/model.safetensors)
 
 # One thread in each process: the tests run two at a time.
 test: export OMP_NUM_THREADS = 1
@@ -27,11 +25,11 @@ lab: .venv/course
 
 test: .venv/dev
 	$(BIN)/ruff check .
-	$(if $(LESSONS),$(BIN)/nbstripout --verify --keep-id $(LESSONS))
-	$(if $(ORGANISM),$(BIN)/python -m utils.solutions --check)
+	$(BIN)/nbstripout --verify --keep-id $(LESSONS)
+	$(BIN)/python -m utils.solutions --check
 	$(BIN)/python -m pytest -n 2 tests
-	$(if $(and $(ORGANISM),$(LESSONS)),$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
-		-n 2 --dist loadfile $(LESSONS) $(SOLUTIONS))
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -n 2 --dist loadfile \
+		$(LESSONS) $(SOLUTIONS)
 
 solutions: .venv/dev
 	$(BIN)/python -m utils.solutions

@@ -4,23 +4,13 @@ from types import FunctionType
 
 import pytest
 import torch
-from tiny_models import save_tiny
 
 from utils import checks, exercises
 from utils.checks import CHECKS
 from utils.exercises import check, exercise, is_blank, summary
-from utils.models import ORGANISM, load_model
 
 MISTAKES = [pytest.param(name, sentence, id=f"{name}: {sentence[:50]}")
             for name in CHECKS for sentence in CHECKS[name].mistakes]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def model(tmp_path_factory):
-    """The organism, or a tiny random model where it is not there."""
-    if not (ORGANISM / "chat" / "config.json").is_file():
-        tiny = load_model(save_tiny(tmp_path_factory.mktemp("tiny")))
-        checks.model = lambda: tiny
 
 
 @pytest.fixture(autouse=True)

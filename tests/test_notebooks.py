@@ -7,14 +7,11 @@ import sys
 import nbformat
 import pytest
 
-from utils import DATA
 from utils.checks import CHECKS
 from utils.solutions import DIFFICULTY, ROOT, exercise_name, fill, lessons, run
 
 LESSONS = [pytest.param(lesson, id=lesson.stem) for lesson in lessons()]
 PEAK_MEMORY = 900  # MB, of a lesson's kernel
-needs_organism = pytest.mark.skipif(not (DATA / "organism/chat/model.safetensors").exists(),
-                                    reason="lessons run on the organism: make model")
 
 
 def read(lesson):
@@ -32,7 +29,6 @@ def printed(notebook, strict=False):
 
 # the four states
 
-@needs_organism
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_blank(lesson):
     notebook, exercises = read(lesson)
@@ -42,7 +38,6 @@ def test_blank(lesson):
     assert f"0 of {len(exercises)} yours, {len(exercises)} from the reference." in text
 
 
-@needs_organism
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_half_solved(lesson):
     notebook, exercises = read(lesson)
@@ -55,7 +50,6 @@ def test_half_solved(lesson):
     assert f"{len(half)} of {len(exercises)} yours, {len(exercises) - len(half)} from the reference." in text
 
 
-@needs_organism
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_solved(lesson):
     notebook, exercises = read(lesson)
@@ -70,7 +64,6 @@ def test_solved(lesson):
         assert int(re.search(r"peak (\d+) MB", text)[1]) <= PEAK_MEMORY
 
 
-@needs_organism
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_one_wrong(lesson):
     notebook, exercises = read(lesson)
