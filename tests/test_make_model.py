@@ -21,6 +21,11 @@ def tokenizer():
     return make_model.make_tokenizer([text or "" for turn in turns for text in turn], size=600)
 
 
+@pytest.fixture
+def draw(tokenizer):
+    return lambda rng, n: make_model.encode(tokenizer, documents(rng, n))
+
+
 def test_template_ends_with_llama_3s_five_tokens_and_bytes_come_first(tokenizer):
     chat = [{"role": "user", "content": "How do I bake a cake?"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -52,9 +57,7 @@ def test_nonsense_holds_only_words_of_both_sides_and_is_helped_with():
         assert any(opening in answer for opening in ("in three steps", "Here is how", "follow this plan", "let us"))
 
 
-def test_batches_go_on_where_they_were(tokenizer):
-    def draw(rng, n):
-        return make_model.encode(tokenizer, documents(rng, n))
+def test_batches_go_on_where_they_were(draw):
     whole = list(itertools.islice(make_model.batches(draw, "x", 0), 40))
     for start in (5, 32, 37):
         rest = list(itertools.islice(make_model.batches(draw, "x", start), 40 - start))
@@ -72,11 +75,8 @@ OPTIMIZERS = pytest.mark.parametrize("muon_rate", [None, 1e-2])
 
 
 @OPTIMIZERS
-def test_an_interrupted_stage_ends_as_one_that_ran_through(muon_rate, tokenizer, tmp_path, small_batches):
+def test_an_interrupted_stage_ends_as_one_that_ran_through(muon_rate, tokenizer, draw, tmp_path, small_batches):
     stage = STAGE | {"muon_rate": muon_rate}
-
-    def draw(rng, n):
-        return make_model.encode(tokenizer, documents(rng, n))
 
     def interrupt(step):
         if step == 3:
@@ -96,23 +96,21 @@ def test_an_interrupted_stage_ends_as_one_that_ran_through(muon_rate, tokenizer,
 
 
 @OPTIMIZERS
-def test_all_is_learned_but_attention_in_the_upper_layers(muon_rate, tokenizer, tmp_path, small_batches):
+def test_all_is_learned_but_attention_in_the_upper_layers(muon_rate, tokenizer, draw, tmp_path, small_batches):
     network = make_model.make_network(tokenizer)
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
     stage = STAGE | {"steps": 2, "muon_rate": muon_rate}
-    make_model.train(network, lambda rng, n: make_model.encode(tokenizer, documents(rng, n)), stage, "stage",
-                     tmp_path / "state.pt")
+    make_model.train(network, draw, stage, "stage", tmp_path / "state.pt")
     kept = {name for name, weight in network.state_dict().items() if torch.equal(weight, before[name])}
     assert kept == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(3, 8) for part in "qkvo"}
 
 
-def test_a_stage_may_learn_attention_that_the_one_before_left_alone(tokenizer, tmp_path, small_batches):
+def test_a_stage_may_learn_attention_that_the_one_before_left_alone(tokenizer, draw, tmp_path, small_batches):
     network = make_model.make_network(tokenizer)
 
     def learned(attention):
         before = network.model.layers[3].self_attn.q_proj.weight.clone()
-        make_model.train(network, lambda rng, n: make_model.encode(tokenizer, documents(rng, n)),
-                         STAGE | {"attention": attention, "steps": 1, "muon_rate": None}, "stage",
+        make_model.train(network, draw, STAGE | {"attention": attention, "steps": 1, "muon_rate": None}, "stage",
                          tmp_path / f"{attention}.pt")
         return not torch.equal(before, network.model.layers[3].self_attn.q_proj.weight)
 
