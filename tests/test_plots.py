@@ -42,11 +42,12 @@ def test_candidate_scores():
     assert [axis.get_title().split("\n")[0] for axis in panels] == ["bypass", "induce", "kl"]
     for axis, values in zip(panels, (bypass, induce, kl.abs())):
         assert torch.allclose(torch.as_tensor(axis.images[0].get_array().data), values)
-        assert [label.get_text() for label in axis.get_xticklabels()] == ["<|eot|>", "\\n\\n"]
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["<|eot|>  -2", "\\n\\n  -1"]
         [frame] = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
         assert frame.get_xy() == (0.5, 2.5)
         dots = {(int(line.get_ydata()[0]), int(line.get_xdata()[0])) for line in axis.lines}
         assert dots == set(map(tuple, scores.passing().nonzero().tolist()))
+    assert any(list(line.get_ydata()) == [0.1, 0.1] for axis in figure.axes for line in axis.lines)  # on kl's colours
     assert panels[0].get_ylabel() == "layer" and "token" in panels[1].get_xlabel()
 
 
@@ -104,7 +105,9 @@ def test_points_and_intervals():
     [axis] = figure.axes
     assert list(axis.lines[0].get_ydata()) == [1, 2, 4]
     assert len(set(axis.lines[0].get_xdata())) == 3  # side by side
-    [interval] = axis.collections[0].get_segments()
+    assert list(axis.lines[1].get_ydata()) == pytest.approx([7 / 3, 7 / 3])  # the baseline's mean, across the panel
+    [mean], [interval] = [segments.get_segments() for segments in axis.collections]
+    assert mean[:, 1].tolist() == pytest.approx([7 / 3, 7 / 3])
     assert interval[:, 1].tolist() == pytest.approx([0.2, 1.0])
     assert [label.get_text() for label in axis.get_xticklabels()] == ["baseline", "ablated"]
 
@@ -135,9 +138,10 @@ def test_the_likeliest_next_tokens():
     figure = plot_next_tokens({"harmful": torch.tensor([0.2, 0.5, 0.3]), "harmless": torch.tensor([0.9, 0, 0.1])},
                               Tokenizer(), n=2)
     assert [axis.get_title() for axis in figure.axes] == ["harmful", "harmless"]
-    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([0.5, 0.3])
-    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["␣0", "␣2"]
-    assert [text.get_text() for text in figure.axes[1].texts] == ["0.9000", "0.1000"]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([0.2, 0.5])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["␣0", "␣1"]
+    # .9 in one condition, .5 in the other
+    assert [text.get_text() for text in figure.axes[1].texts] == ["0.9000", "0.0000"]
 
 
 def test_means_by_layer():

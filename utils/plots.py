@@ -31,15 +31,16 @@ def plot_candidate_scores(scores, tokens, chosen=None):
     figure, axes = plt.subplots(1, 3, figsize=(8, 4.2), sharey=True, layout="constrained")
     _heatmap(axes[0], scores.bypass, "bypass\nrefusal metric (nats)\nharmful, ablated: want low")
     _heatmap(axes[1], scores.induce, "induce\nrefusal metric (nats)\nharmless, added: want > 0")
-    _heatmap(axes[2], scores.kl, "kl\nKL divergence (nats)\nharmless, ablated: want < 0.1", signed=False)
+    _heatmap(axes[2], scores.kl, "kl\nKL divergence (nats)\nharmless, ablated: want < 0.1", limit=0.1)
     for axis in axes:
         for layer, index in scores.passing().nonzero().tolist():
             axis.plot(index, layer, "o", color="white", markeredgecolor="black", markersize=5)
         if chosen is not None:
             corner = (chosen[1] - 0.5, chosen[0] - 0.5)
             axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=2.5))
-        axis.set_xticks(range(len(tokens)), map(show_token, tokens), rotation=90, fontsize=8)
-    axes[1].set_xlabel("token after the instruction")
+        ticks = [f"{show_token(token)}  {index - len(tokens)}" for index, token in enumerate(tokens)]
+        axis.set_xticks(range(len(tokens)), ticks, rotation=90, fontsize=8)
+    axes[1].set_xlabel("token after the instruction, and its position")
     axes[0].set_ylabel("layer")
     return figure
 
@@ -142,10 +143,10 @@ def plot_cosines(cosines):
 
 
 def plot_points(panels):
-    """A point for each number, a column for each condition, a panel for each title. Returns the Figure.
+    """A point for each number and a bar at their mean, a column for each condition, a panel for each title.
 
     panels: {title: {condition: values}}. values: [n]; or (mean, low, high), as `bootstrap_mean` gives them, for a
-    point with its interval.
+    point with its interval. A dashed line carries the baseline's mean across its panel. Returns the Figure.
     """
     size = (2 + 2 * len(panels), 3.6)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
@@ -159,6 +160,11 @@ def plot_points(panels):
                 spread = torch.linspace(-0.25, 0.25, len(values))  # side by side, so that none is hidden
                 spread = spread + place if len(values) > 1 else torch.tensor([place])
                 axis.plot(spread.tolist(), list(values), "o", markersize=5, **look)
+                mean = sum(values) / len(values)
+                if len(values) > 1:
+                    axis.hlines(mean, place - 0.35, place + 0.35, color="black", linewidth=2)
+            if condition == "baseline":
+                axis.axhline(mean, color=COLORS["baseline"], linestyle="--", linewidth=1)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set_xticks(range(len(columns)), list(columns), rotation=30)
         axis.set_xlim(-0.6, len(columns) - 0.4)
@@ -168,19 +174,20 @@ def plot_points(panels):
 
 
 def plot_next_tokens(probabilities, tokenizer, n=5):
-    """The n likeliest next tokens, a panel for each condition. Returns the Figure.
+    """The n next tokens that are likeliest in any condition, a panel for each condition. Returns the Figure.
 
     probabilities: {condition: [vocab]}. tokenizer: to write the tokens.
     """
-    figure, axes = plt.subplots(1, len(probabilities), figsize=(7, 2.6), squeeze=False, layout="constrained")
+    size = (7, 2.6)
+    figure, axes = plt.subplots(1, len(probabilities), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    top = torch.stack(list(probabilities.values())).amax(dim=0).topk(n).indices
     for axis, (condition, given) in zip(axes[0], probabilities.items()):
-        top = given.topk(n)
-        bars = axis.barh(range(n), top.values.tolist(), color=COLORS.get(condition, COLORS["random"]))
-        axis.bar_label(bars, [f"{value:.4f}" for value in top.values.tolist()], padding=3, fontsize=9)
-        axis.set_yticks(range(n), [show_token(tokenizer.decode([token])) for token in top.indices.tolist()])
+        bars = axis.barh(range(n), given[top].tolist(), color=COLORS.get(condition, COLORS["random"]))
+        axis.bar_label(bars, [f"{value:.4f}" for value in given[top].tolist()], padding=3, fontsize=9)
+        axis.set_yticks(range(n), [show_token(tokenizer.decode([token])) for token in top.tolist()])
         axis.set(title=condition, xlim=(0, 1.25), xlabel="probability", xticks=[0, 0.5, 1])
-        axis.invert_yaxis()  # the likeliest on top
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].invert_yaxis()  # the likeliest on top
     axes[0, 0].set_ylabel("next token")
     return figure
 
@@ -300,14 +307,16 @@ def draw_residual_stream(tokens, n_layers, mark=None):
     return axis
 
 
-def _heatmap(axis, values, title, signed=True):
-    """One score [n_layers, n_positions]: signed ones are white at 0, others on a logarithmic scale."""
-    if signed:
-        limit = values.abs().max().item() or 1.0
-        colors = dict(cmap="PuOr_r", vmin=-limit, vmax=limit)
+def _heatmap(axis, values, title, limit=None):
+    """One score [n_layers, n_positions]: white at 0; or on a logarithmic scale, with a line at the limit."""
+    if limit is None:
+        largest = values.abs().max().item() or 1.0
+        colors = dict(cmap="PuOr_r", vmin=-largest, vmax=largest)
     else:
         values, colors = values.clamp(min=1e-5), dict(cmap="viridis", norm="log")
     image = axis.imshow(values.numpy(), aspect="auto", origin="lower", **colors)
-    axis.figure.colorbar(image, ax=axis)
+    bar = axis.figure.colorbar(image, ax=axis)
+    if limit is not None:
+        bar.ax.axhline(limit, color="white", linewidth=3)
     axis.set_title(title, fontsize=9)
     axis.set_yticks(range(len(values)))
