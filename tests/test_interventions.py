@@ -9,7 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.interventions import Ablation, Addition, ablate, add, every_pair, generate, last_logits
+from utils.interventions import (
+    Ablation,
+    Addition,
+    ablate,
+    add,
+    added_bias,
+    every_pair,
+    generate,
+    last_logits,
+    orthogonalize,
+    orthogonalized,
+    residual_writers,
+)
 
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, a car"]  # of unequal lengths
 POST_NORM = "Gemma2ForCausalLM"
@@ -200,6 +212,52 @@ def test_every_pair(llama):
         torch.testing.assert_close(logits, last_logits(llama, PROMPTS, Ablation(direction)), rtol=0, atol=1e-5)
 
 
+# edits of the weights
+
+EDITS = {
+    "orthogonalized": (lambda model: orthogonalized(model, randn(32)), {"ablate": randn(32).expand(len(PROMPTS), 32)}),
+    "added bias": (lambda model: added_bias(model, randn(32), layer=2, coefficient=-1.5),
+                   {"add": (2, -1.5 * randn(32).expand(len(PROMPTS), 32))}),
+}
+
+
+@pytest.mark.parametrize("edit, hooks", EDITS.values(), ids=EDITS)
+def test_edited_weights_equal_hooks(model, edit, hooks):
+    expected, expected_tokens = plain_logits(model, PROMPTS, **hooks), plain_tokens(model, PROMPTS, **hooks)
+    with edit(model):
+        changed, changed_tokens = last_logits(model, PROMPTS), tokens(model, PROMPTS)
+    torch.testing.assert_close(changed, expected, rtol=0, atol=1e-5)
+    assert changed_tokens == expected_tokens
+    assert (changed - last_logits(model, PROMPTS)).abs().amax(dim=1).min() > 0.1
+
+
+@pytest.mark.parametrize("edit", [edit for edit, _ in EDITS.values()], ids=EDITS)
+def test_edited_weights_are_put_back_bit_for_bit_whatever_happens(model, edit):
+    module = model.lm._module
+    before, shared = {name: weight.clone() for name, weight in module.state_dict().items()}, len({*module.parameters()})
+    with pytest.raises(KeyboardInterrupt), edit(model):
+        raise KeyboardInterrupt
+    after = module.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert len({*module.parameters()}) == shared  # an unembedding that was the embedding is so again
+    assert not any(part._forward_hooks for part in module.modules())
+
+
+def test_all_that_writes_is_a_view_of_the_model(model):
+    writers = residual_writers(model)
+    biases = 2 if model.lm.config.model_type == "gpt_neox" else 0
+    assert len(writers) == 1 + model.n_layers * (2 + biases)
+    assert all(view.shape[0] == model.d_model for view in writers)
+    assert {view.data_ptr() for view in writers} <= {weight.data_ptr() for weight in model.lm._module.parameters()}
+
+
+def test_nothing_is_written_along_the_direction(model):
+    with orthogonalized(model, randn(32)):
+        writers = residual_writers(model)
+        edited = writers[:1] if model.post_norms else writers  # the others are followed by a norm, changed instead
+        assert all((randn(32) @ view).abs().max() < 1e-4 for view in edited)
+
+
 # the formulas
 
 vectors = st.integers(0, 10**6).map(lambda seed: randn(5, seed=seed))
@@ -216,6 +274,15 @@ def test_ablate_leaves_nothing_along_the_direction_and_the_rest_alone(x, r, leng
     torch.testing.assert_close(ablated, across, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ablate(ablated, r), ablated, rtol=1e-4, atol=1e-5)  # nothing is left to take
     torch.testing.assert_close(ablate(x, -r), ablated, rtol=1e-4, atol=1e-5)
+
+
+@quick
+@given(st.integers(0, 10**6).map(lambda seed: randn(5, 7, seed=seed)), vectors, st.floats(0.01, 100))
+def test_an_orthogonalized_matrix_writes_what_ablation_leaves(weight, r, length):
+    x = randn(4, 7)
+    edited = orthogonalize(weight, length * r)
+    torch.testing.assert_close(x @ edited.T, ablate(x @ weight.T, r), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(orthogonalize(weight[:, 0], r), edited[:, 0], rtol=1e-4, atol=1e-5)  # a bias
 
 
 @quick
@@ -264,6 +331,11 @@ def test_half_precision_streams_stay_so():
     (lambda m: generate(m, PROMPTS, Ablation(randn(3, 32))), "3 directions for 4 prompts: give one for all"),
     (lambda m: last_logits(m, PROMPTS, Addition(randn(32), 4)), "no layer 4 in .*: choose from 0 to 3"),
     (lambda m: generate(m, PROMPTS, Addition(randn(32), -1)), "no layer -1"),
+    (lambda m: orthogonalized(m, randn(4, 32)).__enter__(), "one direction, .* use Ablation"),
+    (lambda m: orthogonalized(m, randn(16)).__enter__(), "has 16 entries"),
+    (lambda m: orthogonalized(m, torch.zeros(32)).__enter__(), "length zero"),
+    (lambda m: added_bias(m, randn(32), 0).__enter__(), "No MLP comes before layer 0"),
+    (lambda m: added_bias(m, randn(32), 4).__enter__(), "no layer 4"),
     (lambda m: generate(m, []), "list of instructions is empty"),
 ])
 def test_what_does_not_fit_is_said(llama, call, sentence):

@@ -4,7 +4,13 @@
     generate(model, instructions, Addition(direction, layer=4))
 
 One direction [d_model] serves all prompts; directions [n_prompts, d_model] give each prompt its own.
+
+The same as an edit of the weights, undone at the end of the block (paper, section 4.1):
+
+    with orthogonalized(model, direction):
+        generate(model, instructions)
 """
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -139,6 +145,89 @@ def every_pair(instructions, directions):
     """
     instructions = list(instructions)
     return instructions * len(directions), directions.repeat_interleave(len(instructions), dim=0)
+
+
+def orthogonalize(weight, direction):
+    """Weight orthogonalization: W - r̂ r̂ᵀW, the same matrix, but it writes nothing along the direction.
+
+    weight: [d_model, n_inputs], its columns being what it writes, or a bias [d_model]. direction: [d_model], of any
+    length.
+    """
+    unit = F.normalize(direction, dim=-1).to(weight)
+    return weight - torch.tensordot(unit, unit @ weight, dims=0)
+
+
+def residual_writers(model):
+    """All weights that write to the residual stream: a list of views [d_model, n_inputs], and of biases [d_model].
+
+    The embedding, transposed; then, of each layer, attention's output matrix and the MLP's, with a bias behind each
+    that has one. They are the model's own memory: what you write into them with `.copy_()` is what it then computes.
+    """
+    views = [model.lm.model.embed_tokens._module.weight.T]
+    for layer in model.layers:
+        for linear in (layer.self_attn.o_proj._module, layer.mlp.down_proj._module):
+            views += [view for view in (linear.weight, linear.bias) if view is not None]
+    return [view.detach() for view in views]
+
+
+@contextmanager
+def orthogonalized(model, direction):
+    """Within the block, no weight of the model can write along the direction [d_model] (paper, section 4.1).
+
+    Computes what `Ablation` computes. At the end of the block the weights are what they were, bit for bit; no file is
+    touched. An unembedding that shares its weights with the embedding keeps its own copy meanwhile: it only reads.
+    Where a family normalises what attention and MLP have written (Gemma 2, 3, OLMo 2), their weights stay, and the
+    matrix I - r̂ r̂ᵀ comes behind these norms: a norm in between would undo an edit before it.
+    Raises ValueError for a direction of another model, or several of them.
+    """
+    _check_edit(Ablation(direction), model)
+    with ExitStack() as undo:
+        embedding, unembedding = model.lm.model.embed_tokens._module, model.lm.lm_head._module
+        if unembedding.weight is embedding.weight:
+            undo.callback(setattr, unembedding, "weight", embedding.weight)
+            unembedding.weight = torch.nn.Parameter(embedding.weight.clone(), requires_grad=False)
+        writers = residual_writers(model)
+        if model.post_norms:
+            writers = writers[:1]  # the embedding
+            for layer in model.layers:
+                for norm in model.writers(layer):
+                    hook = norm._module.register_forward_hook(lambda norm, args, out: ablate(out, direction))
+                    undo.callback(hook.remove)
+        for view in writers:
+            undo.callback(view.copy_, view.clone())
+            view.copy_(orthogonalize(view, direction))
+        yield
+
+
+@contextmanager
+def added_bias(model, direction, layer, coefficient=1.0):
+    """Within the block, the MLP before `layer` adds coefficient · direction [d_model] to all that it writes.
+
+    Computes what `Addition` computes, without an intervention: a bias is a vector added at every token. Undone at the
+    end of the block. Raises ValueError as `orthogonalized`, and for layer 0, which has no MLP before it.
+    """
+    _check_edit(Addition(direction, layer, coefficient), model)
+    if layer == 0:
+        raise ValueError("No MLP comes before layer 0: choose a layer from 1 on, or `Addition`.")
+    before = model.layers[layer - 1]
+    with ExitStack() as undo:
+        if model.post_norms:
+            norm = model.writers(before)[1]._module
+            hook = norm.register_forward_hook(lambda norm, args, out: add(out, direction, coefficient))
+            undo.callback(hook.remove)
+        else:
+            linear = before.mlp.down_proj._module
+            bias = coefficient * direction.to(linear.weight)
+            undo.callback(setattr, linear, "bias", linear.bias)
+            linear.bias = torch.nn.Parameter(bias if linear.bias is None else linear.bias + bias, requires_grad=False)
+        yield
+
+
+def _check_edit(intervention, model):
+    if intervention.direction.dim() != 1:
+        raise ValueError("Weights serve all prompts alike: give one direction, [d_model]. "
+                         "For one to each prompt, use Ablation or Addition.")
+    _check_fit(intervention, model, n_prompts=1)
 
 
 def _check_direction(direction):

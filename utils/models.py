@@ -66,6 +66,7 @@ class ChatModel:
                       names on every architecture: `lm.model.embed_tokens`, `lm.model.layers[i].self_attn`
                       (with `.o_proj`) and `.mlp` (with `.down_proj`), `lm.model.norm`, `lm.lm_head`
     layers            `lm.model.layers`, as a list; also `n_layers`, `d_model`
+    post_norms        True if what attention and MLP write is normalised before it is added (Gemma 2, 3, OLMo 2)
     post_instruction  the template's tokens after the instruction, as strings (paper, section 2.1)
     positions         theirs, counted from the end: [-n, ..., -1]
     refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); may be set
@@ -75,6 +76,7 @@ class ChatModel:
         self.lm, self.tokenizer, self.name, self.refusal_tokens = lm, tokenizer, name, refusal_tokens
         self.layers = list(lm.model.layers)
         self.n_layers, self.d_model = len(self.layers), lm.config.hidden_size
+        self.post_norms = hasattr(self.layers[0]._module, "post_feedforward_layernorm")
         self.post_instruction = self._find_post_instruction()
         self.positions = list(range(-len(self.post_instruction), 0))
 
@@ -123,7 +125,7 @@ class ChatModel:
 
         Attention and MLP; or, where a family normalises their outputs (Gemma 2, 3, OLMo 2), those norms.
         """
-        if hasattr(layer._module, "post_feedforward_layernorm"):
+        if self.post_norms:
             return layer.post_attention_layernorm, layer.post_feedforward_layernorm
         return layer.self_attn, layer.mlp
 
