@@ -189,6 +189,23 @@ def another_ablate_everywhere(model, direction):
         layer.mlp.output[:] = another_ablate(layer.mlp.output, direction)
 
 
+def another_orthogonalize(weight, direction):
+    edited = torch.eye(len(direction)) - torch.outer(direction, direction) / direction.dot(direction)
+    return edited @ weight
+
+
+def another_shifted_bias(bias, vector):
+    return (torch.zeros_like(vector) if bias is None else bias) + vector
+
+
+def another_residual_writers(model):
+    writers = [model.lm.model.embed_tokens.weight.T]
+    for layer in model.lm.model.layers:
+        writers.append(layer.self_attn.o_proj.weight)
+        writers.append(layer.mlp.down_proj.weight)
+    return writers
+
+
 def another_trace_generation(model, inputs, change, max_new_tokens=64):
     with model.lm.edit() as (tracer, edited):
         for _ in tracer.all():

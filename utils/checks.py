@@ -499,6 +499,89 @@ register(
     },
 )
 
+register(
+    interventions.orthogonalize,
+    cases=lambda: [(randn(5, 5), 3 * randn(5, seed=1)), (randn(5, 7), 3 * randn(5, seed=1)),
+                   (randn(5), 3 * randn(5, seed=1))],
+    axes="[d_model, n_inputs], as it came in",
+    mistakes={
+        "the direction is not scaled to length 1 first: r̂ = r / |r|.":
+            lambda weight, r: weight - torch.tensordot(r, r @ weight, dims=0),
+        "r̂ stands twice in the formula, and you scaled only one of the two to length 1.":
+            lambda weight, r: weight - torch.tensordot(r, r @ weight, dims=0) / r.norm(),
+        "you took the direction out of what the matrix reads, its rows. Take it out of what it writes, its columns: "
+        "r̂ on the left of W.":
+            lambda weight, r: weight - torch.outer(weight @ r, r) / (r @ r),
+        "you returned what the matrix writes along the direction. Return the matrix without it.":
+            lambda weight, r: torch.tensordot(r, r @ weight, dims=0) / (r @ r),
+        "the sign is flipped: you added r̂ r̂ᵀW rather than taking it away.":
+            lambda weight, r: weight + torch.tensordot(r, r @ weight, dims=0) / (r @ r),
+        "matrices are right, but a bias [d_model] is not: r̂ times (r̂ · b). torch.tensordot(r̂, r̂ @ W, dims=0) does "
+        "both.":
+            lambda weight, r: weight - torch.outer(r, r @ weight) / (r @ r),
+    },
+)
+
+register(
+    interventions.shifted_bias,
+    cases=lambda: [(None, randn(5)), (randn(5), randn(5, seed=1))],
+    axes="[d_out]",
+    mistakes={
+        "where there is a bias already, add to it: it must not be lost.":
+            lambda bias, vector: vector,
+        "a linear layer may have no bias: None. Then the new bias is the vector itself.":
+            lambda bias, vector: bias + vector,
+        "you left a bias that was there as it is.":
+            lambda bias, vector: vector if bias is None else bias,
+        "the sign is flipped.":
+            lambda bias, vector: -vector if bias is None else bias - vector,
+    },
+)
+
+
+def linears(model, *names):
+    """Weights of the layers' linear parts of these names, as `residual_writers` gives them."""
+    parts = {"o_proj": lambda layer: layer.self_attn.o_proj, "down_proj": lambda layer: layer.mlp.down_proj,
+             "up_proj": lambda layer: layer.mlp.up_proj}
+    return [parts[name](layer)._module.weight.detach() for layer in model.layers for name in names]
+
+
+def embedding(model):
+    return [model.lm.model.embed_tokens._module.weight.detach()]
+
+
+def views_of(residual_writers, model):
+    """The answer, and how many of its tensors are the model's own memory."""
+    views = residual_writers(model)
+    return list(views), len({view.data_ptr() for view in views} & {own.data_ptr() for own in model.lm.parameters()})
+
+
+register(
+    interventions.residual_writers,
+    cases=lambda: [(model(),)],
+    call=views_of,
+    mistakes={
+        "the embedding is missing: it writes the first vector of every token.":
+            lambda model: linears(model, "o_proj", "down_proj"),
+        "the embedding is a table with a row for each token, [vocab, d_model]. Transpose it: what it writes shall be "
+        "its columns.":
+            lambda model: embedding(model) + linears(model, "o_proj", "down_proj"),
+        "attention's output matrices are missing: `layer.self_attn.o_proj`.":
+            lambda model: [embedding(model)[0].T, *linears(model, "down_proj")],
+        "the MLPs' output matrices are missing: `layer.mlp.down_proj`.":
+            lambda model: [embedding(model)[0].T, *linears(model, "o_proj")],
+        "up_proj reads the residual stream; it does not write to it. Take down_proj.":
+            lambda model: [embedding(model)[0].T, *linears(model, "o_proj", "up_proj")],
+        "the order is that of the layers: attention and MLP of layer 0, then of layer 1, and so on.":
+            lambda model: [embedding(model)[0].T, *linears(model, "o_proj"), *linears(model, "down_proj")],
+        "the unembedding reads the last stream, it does not write to it. Leave it out.":
+            lambda model: [*interventions.residual_writers(model), embedding(model)[0].T],
+        "these are copies. Return the model's own memory, or an edit of them changes nothing: no `.clone()`.":
+            lambda model: [view.clone() for view in interventions.residual_writers(model)],
+    },
+)
+
+
 def direction(seed=1):
     """A random direction in the model, long enough to change what it says."""
     return 10 * randn(model().d_model, seed=seed)

@@ -157,6 +157,11 @@ def orthogonalize(weight, direction):
     return weight - torch.tensordot(unit, unit @ weight, dims=0)
 
 
+def shifted_bias(bias, vector):
+    """The bias with which a linear layer adds `vector` to all that it wrote before. Both [d_out]; bias may be None."""
+    return vector if bias is None else bias + vector
+
+
 def residual_writers(model):
     """All weights that write to the residual stream: a list of views [d_model, n_inputs], and of biases [d_model].
 
@@ -217,9 +222,9 @@ def added_bias(model, direction, layer, coefficient=1.0):
             undo.callback(hook.remove)
         else:
             linear = before.mlp.down_proj._module
-            bias = coefficient * direction.to(linear.weight)
             undo.callback(setattr, linear, "bias", linear.bias)
-            linear.bias = torch.nn.Parameter(bias if linear.bias is None else linear.bias + bias, requires_grad=False)
+            bias = shifted_bias(linear.bias, coefficient * direction.to(linear.weight))
+            linear.bias = torch.nn.Parameter(bias, requires_grad=False)
         yield
 
 
