@@ -17,6 +17,7 @@ from utils.evaluation import (
     loss,
     next_token_losses,
     phrase_judge,
+    rates_by_group,
     refusal_metric,
     skill_accuracy,
     wilson,
@@ -92,6 +93,17 @@ def test_rate():
 
 
 # means
+
+def test_rates_by_group():
+    rates = rates_by_group((outcome for outcome in [1, 1, 0, 0, 1, 0]), 3)
+    assert rates == [Rate(2, 2), Rate(0, 2), Rate(1, 2)]
+
+
+@pytest.mark.parametrize("outcomes, n_groups", [([1, 0, 1], 2), ([], 2), ([1], 2)])
+def test_groups_that_are_not_equal(outcomes, n_groups):
+    with pytest.raises(ValueError, match=f"{len(outcomes)} outcomes cannot be divided into 2 equal groups"):
+        rates_by_group(outcomes, n_groups)
+
 
 def test_bootstrap_agrees_with_the_normal_interval():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 2 + 5

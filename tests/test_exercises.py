@@ -4,9 +4,14 @@ from types import FunctionType
 
 import pytest
 import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
 
 from utils import checks, exercises
 from utils.checks import CHECKS
+from utils.evaluation import Rate
 from utils.exercises import check, exercise, is_blank, summary
 
 MISTAKES = [pytest.param(name, sentence, id=f"{name}: {sentence[:50]}")
@@ -204,6 +209,59 @@ def another_residual_writers(model):
         writers.append(layer.self_attn.o_proj.weight)
         writers.append(layer.mlp.down_proj.weight)
     return writers
+
+
+def another_fit_probe(x, labels):
+    x = x.double().numpy()
+    return Pipeline([("scale", StandardScaler()), ("regress", LogisticRegression(C=0.1, max_iter=500))]).fit(x, labels)
+
+
+def another_probe_direction(probe):
+    """How the logit grows along each entry."""
+    d_model = len(probe[0].scale_)
+    steps = probe.decision_function([[float(i == j) for j in range(d_model)] for i in range(-1, d_model)])
+    slopes = torch.tensor(steps[1:] - steps[0])
+    return slopes / slopes.norm()
+
+
+def another_fit_words(texts, labels):
+    words = TfidfVectorizer(binary=True, use_idf=False, norm=None)
+    return Pipeline([("words", words), ("regress", LogisticRegression(max_iter=500))]).fit(texts, labels)
+
+
+def another_shuffle_balanced(labels, seed=0):
+    torch.manual_seed(seed)
+    new = torch.tensor(labels)
+    for side in (True, False):
+        places = torch.tensor([place for place, label in enumerate(labels) if label == side])
+        half = places[torch.randperm(len(places))[:len(places) // 2]]
+        new[half] = ~new[half]
+    return new
+
+
+def another_calibration(probabilities, labels, n_bins=5):
+    found = []
+    for low in range(n_bins):
+        inside = [(p, label) for p, label in zip(probabilities, labels)
+                  if low <= p * n_bins < low + 1 or (low == n_bins - 1 and p == 1)]
+        if inside:
+            found.append((torch.tensor([p for p, _ in inside]).mean(), Rate.of(label for _, label in inside)))
+    return found
+
+
+def another_add_at_layer(model, direction, layer, coefficient=1.0):
+    model.layers[layer].input[:] += coefficient * direction
+
+
+def another_rates_by_group(outcomes, n_groups):
+    rows = torch.tensor(outcomes).view(n_groups, -1)
+    return [Rate(int(row.sum()), len(row)) for row in rows]
+
+
+def another_bootstrap_mean(values, n_boot=2000, seed=0):
+    torch.manual_seed(seed)
+    means = sorted(values[torch.randint(len(values), (len(values),))].mean() for _ in range(n_boot))
+    return values.mean(), means[round(0.025 * n_boot)], means[round(0.975 * n_boot)]
 
 
 def another_trace_generation(model, inputs, change, max_new_tokens=64):

@@ -11,6 +11,7 @@ from utils.plots import (
     COLORS,
     completions_table,
     draw_residual_stream,
+    plot_bars,
     plot_by_layer,
     plot_candidate_scores,
     plot_clouds,
@@ -19,6 +20,7 @@ from utils.plots import (
     plot_next_tokens,
     plot_points,
     plot_projections,
+    plot_rate_lines,
     plot_rates,
     plot_shadow,
     token_strip,
@@ -112,6 +114,14 @@ def test_points_and_intervals():
     assert [label.get_text() for label in axis.get_xticklabels()] == ["baseline", "ablated"]
 
 
+def test_bars_and_the_line_across_them():
+    axis = plot_bars({"none": 1e-6, "mlp 3": 2.0}, "difference", log=True, mark=1e-5)
+    assert [bar.get_height() for bar in axis.patches] == [1e-6, 2.0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["none", "mlp 3"]
+    assert axis.get_yscale() == "log" and axis.get_ylabel() == "difference"
+    assert list(axis.lines[0].get_ydata()) == [1e-5, 1e-5]
+
+
 def test_rates():
     axis = plot_rates({"baseline": Rate(9, 10), "ablated": Rate(0, 10)}, title="harmful prompts")
     assert [bar.get_height() for bar in axis.patches] == [90, 0]
@@ -129,6 +139,15 @@ def test_groups_of_rates_share_a_legend():
     assert [bar.get_height() for bar in axis.patches] == [90, 0, 10, 80]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["harmful", "harmless"]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["baseline", "ablated", "added"]
+
+
+def test_lines_of_rates():
+    figure = plot_rate_lines({"r": {"refusal": {-1.0: Rate(0, 10), 2.0: Rate(9, 10)}}}, "coefficient")
+    [axis] = figure.axes
+    assert list(axis.lines[0].get_xdata()) == [-1, 2] and list(axis.lines[0].get_ydata()) == [0, 90]
+    band = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(100 * Rate(9, 10).interval[1])
+    assert axis.get_xlabel() == "coefficient" and axis.get_ylabel() == "answers (%)"
 
 
 def test_the_likeliest_next_tokens():

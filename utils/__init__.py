@@ -4,8 +4,9 @@
     instructions    the one-line requests that a model is studied with
     models          load a chat model; its tokens, template and layers, the same on every architecture
     activations     read the residual stream
-    interventions   erase a direction or add one, in a forward pass and throughout generation
+    interventions   erase a direction or add one: in a forward pass, throughout generation, or in the weights
     evaluation      refusal metric, judges, rates with intervals, skills, loss
+    probes          linear probes, the words-only baseline, labels for controls
     directions      difference in means, candidate scores, selection
     plots           the pictures
 

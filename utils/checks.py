@@ -15,8 +15,12 @@ from pathlib import Path
 import nnsight
 import torch
 import torch.nn.functional as F
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from utils import activations, directions, evaluation, interventions, models
+from utils import activations, directions, evaluation, interventions, models, probes
 from utils.models import load_model
 
 CHECKS = {}  # name of the exercise -> Check
@@ -689,6 +693,41 @@ register(
 )
 
 
+def adding(where=lambda layer: layer, change=lambda x, direction, coefficient: interventions.add(
+        x, direction, coefficient), part="input"):
+    """`add_at_layer` with a fault."""
+    def add_at_layer(model, direction, layer, coefficient=1.0):
+        here = model.layers[where(layer)]
+        setattr(here, part, change(getattr(here, part), direction, coefficient))
+    return add_at_layer
+
+
+register(
+    interventions.add_at_layer,
+    cases=lambda: [(model(), direction(), 2), (model(), direction(), 1, -0.5)],
+    call=logits_with,
+    axes="[n_prompts, n_tokens, vocab]",
+    mistakes={
+        "nothing is changed. Assign what `add` returns: layer.input = add(layer.input, direction, coefficient).":
+            adding(change=lambda x, direction, coefficient: x),
+        "you add to the layer's output, which is the next layer's input. r was read at the start of the layer: its "
+        "input.":
+            adding(part="output"),
+        "the direction is added at layer 0, whatever the layer.":
+            adding(where=lambda layer: 0),
+        "the coefficient is not used.":
+            adding(change=lambda x, direction, coefficient: x + direction),
+        "you add at the last token only. Take them all.":
+            adding(change=lambda x, direction, coefficient: torch.cat(
+                [x[:, :-1], x[:, -1:] + coefficient * direction], dim=1)),
+        "you scaled the direction to length 1. In activation addition its length counts.":
+            adding(change=lambda x, direction, coefficient: x + coefficient * F.normalize(direction, dim=-1)),
+        "the sign is flipped: you subtracted the direction.":
+            adding(change=lambda x, direction, coefficient: x - coefficient * direction),
+    },
+)
+
+
 def generated_ids(model, prompts, max_new_tokens, intervention=None):
     """Prompts and answers as token ids, the intervention acting on the prompt alone."""
     with model.lm.generate(max_new_tokens=max_new_tokens, do_sample=False) as tracer:
@@ -848,6 +887,69 @@ register(
 )
 
 
+def grouped(bounds):
+    """`rates_by_group` with other groups: `bounds(n, n_groups)` gives a slice for each."""
+    return lambda outcomes, n_groups: [evaluation.Rate.of(outcomes[some]) for some in bounds(len(outcomes), n_groups)]
+
+
+register(
+    evaluation.rates_by_group,
+    cases=lambda: [([True, True, True, False, True, False], 2),
+                   ([True, False, False, False, True, True, True, True, True, False, True, False], 4)],
+    mistakes={
+        "you took every n-th outcome. The first group comes first, as a whole, then the second.":
+            grouped(lambda n, n_groups: [slice(start, None, n_groups) for start in range(n_groups)]),
+        "n_groups is how many groups there are, not how large they are.":
+            grouped(lambda n, n_groups: [slice(start, start + n_groups) for start in range(0, n, n_groups)]),
+        "this is one rate for all. Return a list, with one for each group.":
+            lambda outcomes, n_groups: evaluation.Rate.of(outcomes),
+        "these are numbers. Return a Rate for each group, Rate.of(...): it keeps n, and so its interval.":
+            lambda outcomes, n_groups: [rate.value for rate in evaluation.rates_by_group(outcomes, n_groups)],
+        "these are counts. Return a Rate for each group, Rate.of(...).":
+            lambda outcomes, n_groups: [rate.successes for rate in evaluation.rates_by_group(outcomes, n_groups)],
+    },
+)
+
+
+def in_standard_errors(bootstrap_mean, values):
+    """Mean, and the ends of the interval in standard errors of the mean: near -1.96 and 1.96, whatever was drawn."""
+    mean, low, high = map(float, bootstrap_mean(values))
+    error = values.std().item() / len(values) ** 0.5
+    return mean, (low - mean) / error, (high - mean) / error
+
+
+def resampled(draw=lambda n, n_boot, generator: torch.randint(n, (n_boot, n), generator=generator), low=0.025,
+              high=0.975, statistic=torch.mean):
+    """A bootstrap with a fault."""
+    def bootstrap_mean(values, n_boot=2000, seed=0):
+        places = draw(len(values), n_boot, torch.Generator().manual_seed(seed))
+        means = statistic(values[places], dim=1)
+        return values.mean().item(), means.quantile(low).item(), means.quantile(high).item()
+    return bootstrap_mean
+
+
+register(
+    evaluation.bootstrap_mean,
+    cases=lambda: [(1 + randn(200),), (1 + randn(50, seed=1),)],
+    call=in_standard_errors,
+    tolerance=0.06,
+    mistakes={
+        "these are quantiles of the values. Take those of the means: they vary much less.":
+            lambda values: (values.mean(), values.quantile(0.025), values.quantile(0.975)),
+        "you drew without replacement: every resample holds all the values, and every mean is the same.":
+            resampled(lambda n, n_boot, generator: torch.stack([torch.randperm(n) for _ in range(n_boot)])),
+        "the middle 95% lies between the quantiles 0.025 and 0.975: 2.5% are left out on either side.":
+            resampled(low=0.05, high=0.95),
+        "each resample must have as many values as the sample. With fewer, the means vary too much.":
+            resampled(lambda n, n_boot, generator: torch.randint(n, (n_boot, 10), generator=generator)),
+        "your answer is in the order (low, mean, high). Return (mean, low, high).":
+            lambda values: (lambda mean, low, high: (low, mean, high))(*evaluation.bootstrap_mean(values)),
+        "these are the sums of the resamples. Take their means.":
+            resampled(statistic=torch.sum),
+    },
+)
+
+
 def any_of(phrases, fold=str.lower, match=str.__contains__):
     """A phrase judge with a fault."""
     return lambda completion: any(match(fold(completion), phrase) for phrase in phrases)
@@ -897,5 +999,152 @@ register(
             lambda logits, ids: -logits[:, :-1].gather(2, ids[:, 1:, None])[..., 0],
         "F.cross_entropy takes the vocabulary as the second axis: logits.transpose(1, 2).":
             lambda logits, ids: F.cross_entropy(logits[:, :-1], ids[:, 1:], reduction="none"),
+    },
+)
+
+# probes
+
+def planted_prompts(n=60, d_model=8, seed=0):
+    """Activations of two kinds of prompts, apart along one axis; entries of very different sizes."""
+    labels = [i % 2 == 0 for i in range(n)]
+    x = randn(n, d_model, seed=seed) + torch.tensor(labels)[:, None] * F.one_hot(torch.tensor(2), d_model)
+    return x * torch.logspace(-2, 2, d_model), labels
+
+
+def probabilities(fit_probe, x, labels):
+    """What the fitted probe says of other prompts."""
+    return torch.tensor(fit_probe(x, labels).predict_proba(planted_prompts(seed=1)[0].numpy()))
+
+
+register(
+    probes.fit_probe,
+    cases=lambda: [planted_prompts()],
+    call=probabilities,
+    axes="[n_prompts, 2]",
+    tolerance=0.02,
+    mistakes={
+        "the entries are not scaled: large ones count for more only because they are large. StandardScaler() first.":
+            lambda x, labels: LogisticRegression(C=0.1, max_iter=1000).fit(x, labels),
+        "C is not 0.1: LogisticRegression(C=0.1, max_iter=1000).":
+            lambda x, labels: make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x, labels),
+        "True and False are swapped.":
+            lambda x, labels: probes.fit_probe(x, [not label for label in labels]),
+        "the pipeline is not fitted: `.fit(x.numpy(), labels)`.":
+            lambda x, labels: make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)),
+    },
+)
+
+
+@functools.cache
+def planted_probe():
+    return probes.fit_probe(*planted_prompts())
+
+
+register(
+    probes.probe_direction,
+    cases=lambda: [(planted_probe(),)],
+    axes="[d_model]",
+    mistakes={
+        "the coefficients belong to scaled entries. Divide by the scaler's `.scale_` before you normalise.":
+            lambda probe: F.normalize(torch.tensor(probe[1].coef_[0], dtype=torch.float32), dim=0),
+        "you multiplied by the scale. Divide: an entry that was made smaller has a coefficient that is too large.":
+            lambda probe: F.normalize(torch.tensor(probe[1].coef_[0] * probe[0].scale_, dtype=torch.float32), dim=0),
+        "the length is not 1. F.normalize(..., dim=0).":
+            lambda probe: torch.tensor(probe[1].coef_[0] / probe[0].scale_, dtype=torch.float32),
+        "`coef_` is [1, d_model]. Take its row: coef_[0].":
+            lambda probe: F.normalize(torch.tensor(probe[1].coef_ / probe[0].scale_, dtype=torch.float32), dim=1),
+        "the sign is flipped: it should point to True.":
+            lambda probe: -probes.probe_direction(probe),
+    },
+)
+
+TEXTS = (["steal a bike", "steal a base in baseball", "kill a weed", "kill a neighbour", "bake a cake", "rob a bank",
+          "rob the goalkeeper of a goal", "poison a cat cat cat"], [True, False, False, True, False, True, False, True])
+
+
+def word_probabilities(fit_words, texts, labels):
+    """What the fitted words-only probe says of other texts."""
+    return torch.tensor(fit_words(texts, labels).predict_proba(["steal a cat", "Steal a cake cake cake", "rob a goal"]))
+
+
+register(
+    probes.fit_words,
+    cases=lambda: [TEXTS],
+    call=word_probabilities,
+    axes="[n_texts, 2]",
+    tolerance=0.005,
+    mistakes={
+        "count a word once, however often it stands there: CountVectorizer(binary=True).":
+            lambda texts, labels: make_pipeline(CountVectorizer(), LogisticRegression(max_iter=1000)).fit(
+                texts, labels),
+        "this reads letters, not words. CountVectorizer takes words unless told otherwise.":
+            lambda texts, labels: make_pipeline(CountVectorizer(binary=True, analyzer="char"), LogisticRegression(
+                max_iter=1000)).fit(texts, labels),
+        "True and False are swapped.":
+            lambda texts, labels: probes.fit_words(texts, [not label for label in labels]),
+        "the pipeline is not fitted: `.fit(texts, labels)`.":
+            lambda texts, labels: make_pipeline(CountVectorizer(binary=True), LogisticRegression(max_iter=1000)),
+    },
+)
+
+
+def shuffle_traits(shuffle_balanced, labels):
+    """What makes shuffled labels a fair control, whatever the draw."""
+    one, again, other = (list(map(bool, shuffle_balanced(labels, seed))) for seed in (0, 0, 1))
+    flipped = {side: sum(a != b for a, b in zip(one, labels) if b == side) for side in (True, False)}
+    return len(one), flipped[True], flipped[False], one == again, one == other
+
+
+def shuffled_plainly(labels, seed=0):
+    return [labels[place] for place in torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+register(
+    probes.shuffle_balanced,
+    cases=lambda: [([True] * 21 + [False] * 40,), ([False, True] * 32,)],
+    call=shuffle_traits,
+    mistakes={
+        "this is a plain shuffle: by chance more than half of a side may keep its label. Flip exactly half of each.":
+            shuffled_plainly,
+        "you flipped half of all labels, but not half of each side.":
+            lambda labels, seed=0: [label != (place < len(labels) // 2) for place, label in
+                                    enumerate(shuffled_plainly(labels, seed))],
+        "you flipped all the labels. A probe could learn them as well as the true ones. Flip half of each side.":
+            lambda labels, seed=0: [not label for label in labels],
+        "the seed is not used: another seed should flip others.":
+            lambda labels, seed=0: probes.shuffle_balanced(labels),
+        "the labels are unchanged.":
+            lambda labels, seed=0: list(labels),
+    },
+)
+
+CLAIMS = ([0.05, 0.15, 0.31, 0.35, 0.5, 0.55, 0.9, 0.95, 1.0],
+          [False, False, True, False, True, False, True, True, True])
+
+
+def binned(place=lambda p, n_bins: min(int(p * n_bins), n_bins - 1), stand_for=None):
+    """`calibration` with a fault."""
+    def calibration(probabilities, labels, n_bins=5):
+        bins = [[(p, label) for p, label in zip(probabilities, labels) if place(p, n_bins) == number]
+                for number in range(n_bins)]
+        return [(stand_for(number, n_bins) if stand_for else sum(p for p, _ in some) / len(some),
+                 evaluation.Rate.of(label for _, label in some)) for number, some in enumerate(bins) if some]
+    return calibration
+
+
+register(
+    probes.calibration,
+    cases=lambda: [CLAIMS, (*CLAIMS, 10)],
+    mistakes={
+        "a probability of exactly 1 falls out of the last interval: int(p * n_bins) is then n_bins.":
+            binned(place=lambda p, n_bins: int(p * n_bins)),
+        "n_bins is not used.":
+            lambda probabilities, labels, n_bins=5: probes.calibration(probabilities, labels),
+        "this is the middle of each interval. Take the mean of the probabilities in it.":
+            binned(stand_for=lambda number, n_bins: (number + 0.5) / n_bins),
+        "each pair is (mean probability, Rate): yours are the other way round.":
+            lambda *args: [pair[::-1] for pair in probes.calibration(*args)],
+        "return a Rate, Rate.of(labels): it keeps how many there are, and so its interval.":
+            lambda *args: [(mean, rate.value) for mean, rate in probes.calibration(*args)],
     },
 )

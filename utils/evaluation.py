@@ -98,6 +98,20 @@ class Rate:
         return f"{self.value:.1%} [{100 * low:.1f}, {100 * high:.1f}] (n={self.n})"
 
 
+def rates_by_group(outcomes, n_groups):
+    """Rates of true ones in groups of equal size -> a list of n_groups Rates.
+
+    outcomes: first all of the first group, then all of the second, as `every_pair` puts them.
+    Raises ValueError if they cannot be divided so.
+    """
+    outcomes = list(outcomes)
+    size, rest = divmod(len(outcomes), n_groups)
+    if rest or not size:
+        raise ValueError(f"{len(outcomes)} outcomes cannot be divided into {n_groups} equal groups: "
+                         "give as many for each.")
+    return [Rate.of(outcomes[start:start + size]) for start in range(0, len(outcomes), size)]
+
+
 def bootstrap_mean(values, n_boot=2000, seed=0):
     """Mean of the values and its 95% interval over n_boot resamples -> (mean, low, high).
 

@@ -51,6 +51,12 @@ def ablate_everywhere(model, direction):
                 module.output = ablate(out, direction)
 
 
+def add_at_layer(model, direction, layer, coefficient=1.0):
+    """Within a trace: add coefficient · direction to the layer's input, at every position."""
+    layer = model.layers[layer]
+    layer.input = add(layer.input, direction, coefficient)
+
+
 @dataclass(frozen=True, eq=False)
 class Ablation:
     """Erase a direction from all that is written to the residual stream: at every layer and position."""
@@ -76,8 +82,7 @@ class Addition:
 
     def apply(self, model):
         """Within a trace: change the layer's input."""
-        layer = model.layers[self.layer]
-        layer.input = add(layer.input, self.direction, self.coefficient)
+        add_at_layer(model, self.direction, self.layer, self.coefficient)
 
 
 def last_logits(model, instructions, intervention=None, batch_size=64):

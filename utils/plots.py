@@ -13,7 +13,8 @@ COLORS = {
     "harmful": "#D55E00", "harmless": "#0072B2", "baseline": "#555555", "ablated": "#009E73",
     "added": "#CC79A7", "random": "#BBBBBB", "suffix": "#E69F00", "orthogonalized": "#56B4E9",
     "shuffled": "#F0E442", "balanced": "#FFFFFF", "chosen": "#000000",
-    "one layer": "#9FD8C6", "prompt only": "#CDE6A5",
+    "one layer": "#9FD8C6", "prompt only": "#CDE6A5", "subtracted": "#882255",
+    "refusal": "#AA4499", "compliance": "#117733", "broken": "#999933",
 }
 
 
@@ -209,6 +210,22 @@ def plot_means_by_layer(curves, ylabel):
     return axis
 
 
+def plot_bars(values, ylabel, log=False, mark=None):
+    """A bar for each named number. Returns the Axes.
+
+    values: {name: number}. log: a logarithmic scale. mark: where to draw a dashed line, or None.
+    """
+    axis = plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
+    colors = [COLORS.get(name, COLORS["baseline"]) for name in values]
+    axis.bar(range(len(values)), list(values.values()), color=colors, log=log)
+    if mark is not None:
+        axis.axhline(mark, color=COLORS["chosen"], linestyle="--", linewidth=1)
+    axis.set_xticks(range(len(values)), list(values), rotation=45, ha="right")
+    axis.set_ylabel(ylabel)
+    axis.spines[["top", "right"]].set_visible(False)
+    return axis
+
+
 def plot_rates(rates, title="", ylabel="refusal (%)", axis=None):
     """Bars of Rates in per cent, with their 95% intervals. Returns the Axes.
 
@@ -237,6 +254,28 @@ def plot_rates(rates, title="", ylabel="refusal (%)", axis=None):
     if grouped:
         axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return axis
+
+
+def plot_rate_lines(panels, xlabel, ylabel="answers (%)"):
+    """Rates in per cent, with their 95% intervals, along a number; a panel for each title. Returns the Figure.
+
+    panels: {title: {condition: {number: Rate}}}
+    """
+    size = (1.5 + 3.2 * len(panels), 3.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, (title, lines) in zip(axes[0], panels.items()):
+        for condition, rates in lines.items():
+            color = COLORS.get(condition, COLORS["chosen"])
+            lows, highs = zip(*(rate.interval for rate in rates.values()))
+            axis.plot(list(rates), [100 * rate.value for rate in rates.values()], marker="o", markersize=4, color=color,
+                      label=condition)
+            axis.fill_between(list(rates), [100 * low for low in lows], [100 * high for high in highs], color=color,
+                              alpha=0.2, linewidth=0)
+        axis.set(title=title, xlabel=xlabel, ylim=(-3, 103))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
 
 
 def completions_table(instructions, **columns):
