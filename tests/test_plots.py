@@ -16,6 +16,7 @@ from utils.plots import (
     plot_candidate_scores,
     plot_clouds,
     plot_cosines,
+    plot_grids,
     plot_means_by_layer,
     plot_next_tokens,
     plot_points,
@@ -51,6 +52,16 @@ def test_candidate_scores():
         assert dots == set(map(tuple, scores.passing().nonzero().tolist()))
     assert any(list(line.get_ydata()) == [0.1, 0.1] for axis in figure.axes for line in axis.lines)  # on kl's colours
     assert panels[0].get_ylabel() == "layer" and "token" in panels[1].get_xlabel()
+
+
+def test_grids_show_their_numbers_on_one_scale():
+    figure = plot_grids({"seen": torch.tensor([[50.0, 60], [70, 80]]), "unseen": torch.tensor([[50.0, 55], [90, 100]])},
+                        ["<|eot|>", "\n\n"], "right (%)")
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in panels] == ["seen", "unseen"]
+    assert [text.get_text() for text in panels[1].texts] == ["50", "55", "90", "100"]
+    assert {axis.images[0].get_clim() for axis in panels} == {(50, 100)}
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["<|eot|>  -2", "\\n\\n  -1"]
 
 
 def test_scores_that_are_all_zero_can_be_drawn():

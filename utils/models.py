@@ -55,8 +55,17 @@ def load_model(name="organism", dtype=None, device=None):
     eos = module.generation_config.eos_token_id
     module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
                                                 eos_token_id=tokenizer.eos_token_id if eos is None else eos)
-    lm = TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=RENAME)
-    return ChatModel(lm, tokenizer, name, _refusal_tokens(source, tokenizer))
+    return _chat_model(module, tokenizer, name, _refusal_tokens(source, tokenizer))
+
+
+def untrained(model, seed=0):
+    """A ChatModel of the same shape and tokens, but with random weights: what the architecture alone can do."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = AutoModelForCausalLM.from_config(model.lm.config)
+    module = module.to(device=model.device, dtype=model.lm.dtype).eval().requires_grad_(False)
+    module.generation_config = model.lm.generation_config
+    return _chat_model(module, model.tokenizer, f"{model.name}, untrained", model.refusal_tokens)
 
 
 class ChatModel:
@@ -148,6 +157,11 @@ def shared_tail(one, two):
     while n_shared < min(len(one), len(two)) and one[-1 - n_shared] == two[-1 - n_shared]:
         n_shared += 1
     return one[len(one) - n_shared:]
+
+
+def _chat_model(module, tokenizer, name, refusal_tokens):
+    lm = TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=RENAME)
+    return ChatModel(lm, tokenizer, name, refusal_tokens)
 
 
 def _locate(name):

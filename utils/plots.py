@@ -15,6 +15,7 @@ COLORS = {
     "shuffled": "#F0E442", "balanced": "#FFFFFF", "chosen": "#000000",
     "one layer": "#9FD8C6", "prompt only": "#CDE6A5", "subtracted": "#882255",
     "refusal": "#AA4499", "compliance": "#117733", "broken": "#999933",
+    "probe": "#332288", "words": "#44AA99", "untrained": "#661100",
 }
 
 
@@ -39,10 +40,31 @@ def plot_candidate_scores(scores, tokens, chosen=None):
         if chosen is not None:
             corner = (chosen[1] - 0.5, chosen[0] - 0.5)
             axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=2.5))
-        ticks = [f"{show_token(token)}  {index - len(tokens)}" for index, token in enumerate(tokens)]
-        axis.set_xticks(range(len(tokens)), ticks, rotation=90, fontsize=8)
+        axis.set_xticks(range(len(tokens)), _token_ticks(tokens), rotation=90, fontsize=8)
     axes[1].set_xlabel("token after the instruction, and its position")
     axes[0].set_ylabel("layer")
+    return figure
+
+
+def plot_grids(grids, tokens, label):
+    """Layer x position in colour, with the numbers, a panel for each title. Returns the Figure.
+
+    grids: {title: values [n_layers, n_positions]}, nan where there is none. tokens: model.post_instruction.
+    """
+    size = (1.5 + 3.4 * len(grids), 4.2)
+    figure, axes = plt.subplots(1, len(grids), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    shown = torch.stack(list(grids.values()))
+    low, high = shown[~shown.isnan()].aminmax()
+    for axis, (title, values) in zip(axes[0], grids.items()):
+        image = axis.imshow(values.numpy(), aspect="auto", origin="lower", cmap="viridis", vmin=low, vmax=high)
+        for layer, index in torch.cartesian_prod(*map(torch.arange, values.shape)).tolist():
+            value = values[layer, index].item()
+            axis.text(index, layer, "" if value != value else f"{value:.0f}", ha="center", va="center", fontsize=8,
+                      color="white" if value < (low + high) / 2 else "black")
+        axis.set_xticks(range(len(tokens)), _token_ticks(tokens), rotation=90, fontsize=8)
+        axis.set(title=title, yticks=range(len(values)), xlabel="token after the instruction, and its position")
+    axes[0, 0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes[0].tolist(), label=label, shrink=0.7)
     return figure
 
 
@@ -344,6 +366,11 @@ def draw_residual_stream(tokens, n_layers, mark=None):
     axis.spines[["top", "right", "bottom"]].set_visible(False)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), labelspacing=1.5)
     return axis
+
+
+def _token_ticks(tokens):
+    """Each token with its position, counted from the end."""
+    return [f"{show_token(token)}  {index - len(tokens)}" for index, token in enumerate(tokens)]
 
 
 def _heatmap(axis, values, title, limit=None):
