@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from utils import models
 from utils.instructions import Instruction
-from utils.models import load_model, shared_tail
+from utils.interventions import last_logits
+from utils.models import load_model, shared_tail, untrained
 
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake"]
 
@@ -267,3 +268,12 @@ def test_template_that_ends_with_the_instruction(tmp_path):
 def test_prompts_that_are_none(llama, prompts, error, sentence):
     with pytest.raises(error, match=sentence):
         llama.encode(prompts)
+
+
+def test_an_untrained_twin_has_the_shape_and_the_tokens_but_other_weights(model):
+    twin, again, other = untrained(model), untrained(model), untrained(model, seed=1)
+    assert (twin.n_layers, twin.d_model, twin.positions) == (model.n_layers, model.d_model, model.positions)
+    assert twin.tokens(["bake a cake"]) == model.tokens(["bake a cake"])
+    logits = [last_logits(some, ["bake a cake"]) for some in (model, twin, again, other)]
+    assert torch.equal(logits[1], logits[2])
+    assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[3])
