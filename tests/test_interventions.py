@@ -235,12 +235,13 @@ def test_edited_weights_equal_hooks(model, edit, hooks):
 def test_edited_weights_are_put_back_bit_for_bit_whatever_happens(model, edit):
     module = model.lm._module
     before, shared = {name: weight.clone() for name, weight in module.state_dict().items()}, len({*module.parameters()})
+    hooks = [list(part._forward_hooks) for part in module.modules()]  # nnsight has hooks of its own in a used model
     with pytest.raises(KeyboardInterrupt), edit(model):
         raise KeyboardInterrupt
     after = module.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert len({*module.parameters()}) == shared  # an unembedding that was the embedding is so again
-    assert not any(part._forward_hooks for part in module.modules())
+    assert [list(part._forward_hooks) for part in module.modules()] == hooks
 
 
 def test_all_that_writes_is_a_view_of_the_model(model):
