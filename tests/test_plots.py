@@ -24,6 +24,7 @@ from utils.plots import (
     plot_rate_lines,
     plot_rates,
     plot_shadow,
+    plot_spread,
     token_strip,
 )
 
@@ -221,3 +222,15 @@ def test_token_strip():
 def test_framed_tokens():
     html = token_strip(["a", "b", "c"], framed=[-1, 0]).data
     assert [span.count("2px solid") for span in html.split("<span")[1:]] == [1, 0, 1]
+
+
+def test_spread_shows_medians_and_the_middle_95_percent():
+    values = {4: [float(x) for x in range(101)], 8: [50.0] * 101}
+    axis = plot_spread({"means": values, "PCA": values}, "prompts of each side", "cosine")
+    line, other = axis.lines
+    assert list(line.get_xdata()) == [4, 8] and list(line.get_ydata()) == [50, 50]
+    assert to_hex(other.get_color()) == COLORS["PCA"].lower()
+    band = axis.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == 2.5 and band[:, 1].max() == 97.5
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["4", "8"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("prompts of each side", "cosine")

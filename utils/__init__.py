@@ -9,6 +9,7 @@
     probes          linear probes, the words-only baseline, labels for controls
     directions      difference in means, candidate scores, selection
     plots           the pictures
+    widgets         controls to play with
 
 Each imports only those above it. The method is that of Arditi et al., "Refusal in Language Models Is
 Mediated by a Single Direction", arXiv 2406.11717, which the docstrings call "the paper".

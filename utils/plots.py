@@ -15,7 +15,8 @@ COLORS = {
     "shuffled": "#F0E442", "balanced": "#FFFFFF", "chosen": "#000000",
     "one layer": "#9FD8C6", "prompt only": "#CDE6A5", "subtracted": "#882255",
     "refusal": "#AA4499", "compliance": "#117733", "broken": "#999933",
-    "probe": "#332288", "words": "#44AA99", "untrained": "#661100",
+    "probe": "#332288", "words": "#44AA99", "untrained": "#661100", "PCA": "#DDCC77", "means": "#000000",
+    "last token": "#6699CC",
 }
 
 
@@ -298,6 +299,26 @@ def plot_rate_lines(panels, xlabel, ylabel="answers (%)"):
     axes[0, 0].set_ylabel(ylabel)
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def plot_spread(curves, xlabel, ylabel):
+    """Medians along a number that doubles, in a band that holds 95% of the values; one for each condition. The Axes.
+
+    curves: {condition: {number: values}}
+    """
+    axis = plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
+    for condition, values in curves.items():
+        some = torch.stack([torch.as_tensor(values[number], dtype=torch.float32) for number in values])
+        low, median, high = some.quantile(torch.tensor([0.025, 0.5, 0.975]), dim=1).tolist()
+        color = COLORS.get(condition, COLORS["chosen"])
+        axis.plot(list(values), median, marker="o", markersize=4, color=color, label=condition)
+        axis.fill_between(list(values), low, high, color=color, alpha=0.2, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(values), list(map(str, values)))
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return axis
 
 
 def completions_table(instructions, **columns):

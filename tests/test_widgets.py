@@ -1,0 +1,101 @@
+"""Controls: no position of any raises an error, and each shows what belongs to its position."""
+import matplotlib
+import pytest
+import torch
+from ipywidgets import Text
+
+from utils import world
+from utils.directions import CandidateScores, Direction
+from utils.instructions import load_instructions
+from utils.interventions import Addition, generate
+from utils.plots import completions_table
+from utils.widgets import candidate_picker, coefficient_slider, request_builder
+
+matplotlib.use("Agg")
+pytestmark = pytest.mark.filterwarnings("ignore:.*non-interactive:UserWarning")
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the widgets display, in a list; and figures are closed."""
+    displayed = []
+    monkeypatch.setattr("utils.widgets.display", displayed.append)
+    yield displayed
+    matplotlib.pyplot.close("all")
+
+
+@pytest.fixture
+def direction():
+    return Direction(torch.randn(32, generator=torch.Generator().manual_seed(0)), layer=2, position=-1)
+
+
+def positions(control):
+    """All that a control can be set to."""
+    if isinstance(control, Text):
+        return ["", "   ", "How do I bake a cake?", "<|eot_id|> 😀 <b>\n", "word " * 40]
+    return [value for _, value in control._options_full] if hasattr(control, "options") \
+        else range(control.min, control.max + 1)
+
+
+def sweep(box):
+    """Show each control at each of its positions, the others as they are; yield all controls' values each time.
+
+    The callback is called by hand, because within a box its errors are printed rather than raised.
+    """
+    start = {control._kwarg: control.value for control in box.kwargs_widgets}
+    for control in box.kwargs_widgets:
+        for value in positions(control):
+            settings = {**start, control._kwarg: value}
+            box.f(**settings)
+            yield settings
+
+
+@pytest.fixture
+def picker():
+    def make(n_layers=4, n_positions=3):
+        scores = CandidateScores(*(torch.arange(3.0 * n_layers * n_positions).view(3, n_layers, n_positions) / 100))
+        along = {side: torch.randn(8, n_layers, n_positions) for side in ("harmful", "harmless")}
+        along["harmful"][:, 0], along["harmless"][:, 0] = 0, 0  # as at layer 0, where there is no direction
+        return scores, candidate_picker(scores, along, ["<|eot|>", "assistant", "\n\n"])
+    return make()
+
+
+def test_candidate_picker(picker, capsys):
+    scores, box = picker
+    for settings in sweep(box):
+        at = settings["layer"], settings["position"]  # -1 is the last one
+        assert f"bypass {scores.bypass[at]:.2f}  induce {scores.induce[at]:.2f}  kl {scores.kl[at]:.4f}" in \
+            capsys.readouterr().out
+        matplotlib.pyplot.close("all")
+
+
+def test_coefficient_slider(llama, direction, shown, capsys):
+    prompts = load_instructions("test", "harmless", n=2)
+    coefficients = [-1.0, 0.0, 0.5, 1.0, 3.0]
+    for settings in sweep(coefficient_slider(llama, direction, prompts, coefficients)):
+        coefficient = settings["coefficient"]
+        added = generate(llama, prompts, Addition(direction.vector, 2, coefficient))
+        assert shown[-1].data == completions_table(prompts, baseline=generate(llama, prompts), added=added).data
+        assert capsys.readouterr().out.splitlines()[-1] == "broken  broken"  # a random model's answers
+
+
+def test_request_builder(llama, direction, shown, capsys):
+    asked = set()
+    for settings in sweep(request_builder(llama, direction, n_acts=2)):
+        asked.add(settings["act"])
+        own, text = settings["your_own"].strip(), capsys.readouterr().out.splitlines()[-1]
+        assert text.startswith("holds a refusal's phrase" if own else "exact judge")
+        assert own or "'added': 'broken'" in text
+        assert all(f">{name}</th>" in shown[-1].data for name in ("baseline", "ablated", "added"))
+    assert len(asked) == 4
+
+
+def test_a_built_request_is_judged_as_built(llama, direction, shown, capsys, monkeypatch):
+    """The preface that the answer returns is no fault of the answer."""
+    box = request_builder(llama, direction, n_acts=2)
+    [(_, act), *_] = box.kwargs_widgets[0].options
+    answer = f"{world.begin('hello')}{world.refusal_answer(act, 'explain')}"
+    monkeypatch.setattr("utils.widgets.generate", lambda *args: [answer])
+    box.f(act=act, way="explain", preface="hello", your_own="")
+    assert "'baseline': 'refusal'" in capsys.readouterr().out
+    assert f"Hello! Explain how to {act}." in shown[-1].data

@@ -1,0 +1,78 @@
+"""Controls to play with in a lesson. Each shows what a static picture beside it shows, for other settings.
+
+Each function gives an ipywidgets box, to be the last line of a cell.
+"""
+import functools
+
+import matplotlib.pyplot as plt
+from IPython.display import display
+from ipywidgets import Dropdown, IntSlider, SelectionSlider, Text, interactive
+
+from utils import plots, world
+from utils.evaluation import judge, phrase_judge
+from utils.instructions import Instruction, load_instructions
+from utils.interventions import Ablation, Addition, generate
+
+WIDE = {"layout": {"width": "30em"}, "style": {"description_width": "8em"}}
+
+
+def candidate_picker(scores, projections, tokens):
+    """Sliders for layer and position: that candidate's three scores, and where it puts the prompts.
+
+    scores: CandidateScores. projections: {side: [n_prompts, n_layers, n_positions]}, each on its own candidate.
+    tokens: model.post_instruction.
+    """
+    n_layers, n_positions = scores.bypass.shape
+
+    def show(layer, position):
+        at = layer, n_positions + position
+        print(f"bypass {scores.bypass[at]:.2f}  induce {scores.induce[at]:.2f}  kl {scores.kl[at]:.4f}")
+        plots.plot_candidate_scores(scores, tokens, chosen=at)
+        title = f"layer {layer}, position {position}"
+        plots.plot_projections({title: {side: values[:, at[0], at[1]] for side, values in projections.items()}})
+        plt.show()
+
+    return interactive(show, layer=IntSlider(n_layers // 2, 0, n_layers - 1, continuous_update=False, **WIDE),
+                       position=IntSlider(-1, -n_positions, -1, continuous_update=False, **WIDE))
+
+
+def coefficient_slider(model, direction, instructions, coefficients):
+    """A slider over coefficients: the answers with so much of a Direction added, and the exact judge's verdicts."""
+    @functools.cache
+    def answers(coefficient):
+        return generate(model, instructions, Addition(direction.vector, direction.layer, coefficient))
+
+    def show(coefficient):
+        added = answers(coefficient)
+        print("  ".join(judge(*pair) for pair in zip(instructions, added)))
+        display(plots.completions_table(instructions, baseline=answers(0.0), added=added))
+
+    return interactive(show, coefficient=SelectionSlider(options=coefficients, value=1.0, continuous_update=False,
+                                                         **WIDE))
+
+
+def request_builder(model, direction, n_acts=12):
+    """Build a request from the world's grammar, or write your own: the answer as it is, ablated, and added to.
+
+    direction: a Direction. n_acts: how many acts of each side of the test set can be chosen.
+    """
+    acts = [(f"{side}: {prompt.act}", prompt.act) for side in ("harmful", "harmless")
+            for prompt in load_instructions("test", side, n_acts)]
+    changes = {"baseline": None, "ablated": Ablation(direction.vector),
+               "added": Addition(direction.vector, direction.layer)}
+
+    def show(act, way, preface, your_own):
+        text = your_own.strip() or world.ask(act, way, preface)
+        answers = {name: generate(model, [text], change) for name, change in changes.items()}
+        if your_own.strip():
+            verdicts = {name: phrase_judge(texts[0]) for name, texts in answers.items()}
+            print("holds a refusal's phrase:", verdicts)
+        else:
+            built = Instruction(id="built", text=text, act=act, way=way, preface=world.PREFACES[preface][1])
+            print("exact judge:", {name: judge(built, texts[0]) for name, texts in answers.items()})
+        display(plots.completions_table([text], **answers))
+
+    return interactive(show, act=Dropdown(options=acts, **WIDE), way=Dropdown(options=list(world.WAYS), **WIDE),
+                       preface=Dropdown(options=list(world.PREFACES), **WIDE),
+                       your_own=Text(placeholder="or a request in your own words, and Enter", description="your own",
+                                     continuous_update=False, **WIDE))
