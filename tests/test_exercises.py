@@ -162,11 +162,12 @@ def another_refusal_when_added(model, direction, layer, harmless):
     return another_refusal_metric(logits, model.refusal_tokens)
 
 
-def another_select_direction(scores):
+def another_select_direction(scores, max_kl=0.1, min_induce=0.0, max_layer=0.8):
     n_layers, n_positions = scores.bypass.shape
-    passing = [(scores.bypass[layer, i].item(), layer, i) for layer in range(n_layers) for i in range(n_positions)
-               if scores.induce[layer, i] > 0 and scores.kl[layer, i] < 0.1 and layer < 0.8 * n_layers]
-    return list(min(passing)[1:])
+    places = [(layer, i) for layer in range(n_layers) for i in range(n_positions)]
+    passing = [at for at in places
+               if scores.kl[at] < max_kl and scores.induce[at] > min_induce and at[0] < max_layer * n_layers]
+    return list(min(passing, key=lambda at: scores.bypass[at].item()))
 
 
 def another_random_directions(n, like, seed=0):

@@ -385,16 +385,18 @@ def planted_scores():
 
 def select_by(score, max_kl=0.1, min_induce=0.0, max_layer=0.8):
     """`select_direction` by another score, or with a filter left out."""
-    def select_direction(scores):
-        passing = scores.passing(max_kl, min_induce, max_layer)
+    def select_direction(scores, *limits):
+        passing = scores.passing(*(limits or (max_kl, min_induce, max_layer)))
         return divmod(int(score(scores).masked_fill(~passing, math.inf).argmin()), passing.shape[1])
     return select_direction
 
 
 register(
     directions.select_direction,
-    cases=lambda: [(planted_scores(),)],
+    cases=lambda: [(planted_scores(),), (planted_scores(), math.inf, -math.inf, 1.0)],
     mistakes={
+        "the limits 0.1, 0 and 0.8 are fixed in your function. Use max_kl, min_induce and max_layer in their place.":
+            lambda scores, *limits: directions.select_direction(scores),
         "you took the lowest bypass of all candidates. First leave out those that do not pass the filters.":
             select_by(lambda scores: scores.bypass, math.inf, -math.inf, math.inf),
         "a candidate passed whose KL is not below 0.1.":
@@ -412,9 +414,9 @@ register(
         "you took the highest induce score. It is a filter only: among those that pass, the lowest bypass is chosen.":
             select_by(lambda scores: -scores.induce),
         "your answer is in the order (position, layer). Return (layer, position index).":
-            lambda scores: directions.select_direction(scores)[::-1],
+            lambda scores, *limits: directions.select_direction(scores, *limits)[::-1],
         "this is the index into the flattened table. divmod(index, n_positions) gives (layer, position index).":
-            lambda scores: scores.bypass.masked_fill(~scores.passing(), math.inf).argmin(),
+            lambda scores, *limits: scores.bypass.masked_fill(~scores.passing(*limits), math.inf).argmin(),
     },
 )
 
