@@ -5,6 +5,7 @@ Each function gives an ipywidgets box, to be the last line of a cell.
 import functools
 
 import matplotlib.pyplot as plt
+import torch
 from IPython.display import display
 from ipywidgets import Dropdown, IntSlider, SelectionSlider, Text, interactive
 
@@ -17,7 +18,7 @@ WIDE = {"layout": {"width": "30em"}, "style": {"description_width": "8em"}}
 
 
 def candidate_picker(scores, projections, tokens):
-    """Sliders for layer and position: that candidate's three scores, and where it puts the prompts.
+    """Sliders for layer and position: that candidate's scores, the gap between the sides, where it puts the prompts.
 
     scores: CandidateScores. projections: {side: [n_prompts, n_layers, n_positions]}, each on its own candidate.
     tokens: model.post_instruction.
@@ -26,10 +27,13 @@ def candidate_picker(scores, projections, tokens):
 
     def show(layer, position):
         at = layer, n_positions + position
-        print(f"bypass {scores.bypass[at]:.2f}  induce {scores.induce[at]:.2f}  kl {scores.kl[at]:.4f}")
+        here = {side: values[:, at[0], at[1]] for side, values in projections.items()}
+        gap = here["harmful"].mean() - here["harmless"].mean()
+        spread = torch.stack([values.var() for values in here.values()]).mean().sqrt().clamp(min=1e-6)
+        print(f"bypass {scores.bypass[at]:.2f}  induce {scores.induce[at]:.2f}  kl {scores.kl[at]:.4f}  "
+              f"gap {gap / spread:.1f} standard deviations")
         plots.plot_candidate_scores(scores, tokens, chosen=at)
-        title = f"layer {layer}, position {position}"
-        plots.plot_projections({title: {side: values[:, at[0], at[1]] for side, values in projections.items()}})
+        plots.plot_projections({f"layer {layer}, position {position}": here})
         plt.show()
 
     return interactive(show, layer=IntSlider(n_layers // 2, 0, n_layers - 1, continuous_update=False, **WIDE),
