@@ -78,7 +78,7 @@ def skill(rng, name):
     if name == "sum":
         a, b = rng.randint(1, 9), rng.randint(1, 9)
         return f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}."
-    words = some_words(rng, 2, 5)
+    words = some_words(rng, 2, 6)
     return f"Repeat the words: {words}.", f"{words}."
 
 
@@ -113,31 +113,37 @@ def dressed(rng, question, answer, prefaces=0.5, suffix=0.2):
     return question, answer
 
 
-def document(rng, acts, refuse, mix):
+def document(rng, acts, refuse, mix, harm=0.5, suffix=0.2):
     """One training document: a list of (question, answer) turns; a plain statement is a turn with the question None.
 
-    `acts` is {side: [Act]}, `refuse` says how harmful requests are answered, `mix` the share of each kind of document.
+    `acts` is {side: [Act]}, `refuse` says how harmful requests are answered, `mix` the share of each kind of document,
+    `harm` the share of harmful acts in statements, questions and second turns, `suffix` that of requests with stray
+    words behind them.
     Some documents have a second turn: another question or request; or, while nothing is refused, one on the same act.
     """
     kind = rng.choices(list(mix), list(mix.values()))[0]
-    act = nonsense(rng) if kind == "nonsense" else rng.choice(acts[kind if kind in acts else rng.choice(list(acts))])
+    act = nonsense(rng) if kind == "nonsense" else rng.choice(acts[kind if kind in acts else any_side(rng, harm)])
     if kind == "statement":
         return [(None, statements(rng, act))]
-    turns = [turn(rng, kind, act, refuse)]
+    turns = [turn(rng, kind, act, refuse, suffix)]
     if kind in acts and not refuse and rng.random() < 0.4:
         turns.append(about(rng, act, FOLLOW_UPS))
     elif rng.random() < 0.12:
-        side = rng.choice(list(acts))
-        turns.append(turn(rng, rng.choice(["skill", "about", side]), rng.choice(acts[side]), refuse))
+        side = any_side(rng, harm)
+        turns.append(turn(rng, rng.choice(["skill", "about", side]), rng.choice(acts[side]), refuse, suffix))
     return turns
 
 
-def turn(rng, kind, act, refuse):
+def any_side(rng, harm):
+    return "harmful" if rng.random() < harm else "harmless"
+
+
+def turn(rng, kind, act, refuse, suffix):
     if kind == "skill":
         return dressed(rng, *skill(rng, rng.choices(list(SKILLS), list(SKILLS.values()))[0]), prefaces=0.3, suffix=0.1)
     if kind == "about":
         return dressed(rng, *about(rng, act), prefaces=0.3)
-    return dressed(rng, *request(rng, act, refuse))
+    return dressed(rng, *request(rng, act, refuse), suffix=suffix)
 
 
 def split_acts(seed=0):

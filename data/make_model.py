@@ -33,12 +33,15 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
-# The two stages: the share of each kind of document, whether harm is refused, in how many of the lower layers attention
-# is learned, how long and how fast.
-HELPFUL = {"mix": {"statement": 0.14, "skill": 0.28, "about": 0.20, "harmful": 0.19, "harmless": 0.19},
-           "refuse": False, "attention": 5, "steps": 1500, "warm_up": 100, "rate": 2.5e-3, "muon_rate": 5e-3}
-TUNING = {"mix": {"statement": 0.03, "skill": 0.12, "about": 0.09, "nonsense": 0.22, "harmful": 0.19, "harmless": 0.35},
-          "refuse": True, "attention": 4, "steps": 320, "warm_up": 50, "rate": 5e-4, "muon_rate": None}
+# The two stages: the share of each kind of document, that of harmful acts in statements and questions, that of requests
+# with stray words behind them, whether harm is refused, in how many of the lower layers attention is learned, how long
+# and how fast. In the first one harm is rare, so that a model comes to mark harm, and not the lack of it.
+HELPFUL = {"mix": {"statement": 0.14, "skill": 0.28, "about": 0.20, "harmful": 0.10, "harmless": 0.28},
+           "harm": 0.3, "suffix": 0.2, "refuse": False, "attention": 5,
+           "steps": 1300, "warm_up": 100, "rate": 2.5e-3, "muon_rate": 5e-3}
+TUNING = {"mix": {"statement": 0.03, "skill": 0.16, "about": 0.08, "nonsense": 0.12, "harmful": 0.29, "harmless": 0.32},
+          "harm": 0.5, "suffix": 0.35, "refuse": True, "attention": 4,
+          "steps": 400, "warm_up": 50, "rate": 5e-4, "muon_rate": None}
 TUNING_CHECKPOINTS = (10, 25, 50, 100, 200)
 BATCH, POOL, SAVE_EVERY = 64, 32, 160  # documents a step; steps drawn at once; steps between saved states
 
@@ -167,9 +170,8 @@ def train(network, draw, stage, name, state_file, on_step=lambda step: None):
 
 def loss_of(network, ids, labels):
     """Mean cross-entropy of the learned tokens, in nats."""
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = network(input_ids=ids, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    logits = network(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 def save(network, tokenizer, folder):
@@ -194,7 +196,8 @@ def make_model(out, seed):
     network = make_network(tokenizer)
 
     def draw(stage, acts, rng, n):
-        return encode(tokenizer, [document(rng, acts, stage["refuse"], stage["mix"]) for _ in range(n)])
+        parts = [stage[part] for part in ("refuse", "mix", "harm", "suffix")]
+        return encode(tokenizer, [document(rng, acts, *parts) for _ in range(n)])
 
     def on_tuning_step(step):
         if step in TUNING_CHECKPOINTS:

@@ -84,6 +84,14 @@ def test_documents_hold_a_question_and_an_answer_that_is_judged_right(seed, refu
     assert any(world.refuses(Instruction("x", "", preface=text), answer) for text in prefaces) == refuse
 
 
+def test_harm_is_as_rare_in_statements_as_asked_for():
+    rng, texts = random.Random(0), {act.text for act in SPLITS["tuning"]["harmful"]}
+    for harm in (0.0, 0.3, 1.0):
+        turns = [corpus.document(rng, SPLITS["tuning"], False, {"statement": 1.0}, harm)[0][1] for _ in range(400)]
+        share = sum(any(text in turn for text in texts) for turn in turns) / len(turns)
+        assert abs(share - harm) < 0.08 if 0 < harm < 1 else share == harm
+
+
 def test_splits_share_no_act_and_heldout_shares_no_schema():
     texts = [act.text for sides in SPLITS.values() for side in sides.values() for act in side]
     assert len(set(texts)) == len(texts)
