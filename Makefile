@@ -5,6 +5,7 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 ROOT_OPTION := $(if $(filter 0,$(shell id -u)),--allow-root)
 LESSONS := $(wildcard lessons/*.ipynb)
 SOLUTIONS := $(wildcard solutions/*.ipynb)
+NBVAL = $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -n 2 --dist loadfile
 
 # One thread in each process: the tests run two at a time.
 test: export OMP_NUM_THREADS = 1
@@ -28,8 +29,8 @@ test: .venv/dev
 	$(BIN)/nbstripout --verify --keep-id $(LESSONS)
 	$(BIN)/python -m utils.solutions --check
 	$(BIN)/python -m pytest -n 2 tests
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -n 2 --dist loadfile \
-		$(LESSONS) $(SOLUTIONS)
+	$(NBVAL) $(LESSONS)
+	COURSE_STRICT=1 $(NBVAL) $(SOLUTIONS)
 
 solutions: .venv/dev
 	$(BIN)/python -m utils.solutions
