@@ -28,7 +28,7 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/nbstripout --verify --keep-id $(LESSONS)
 	$(BIN)/python -m utils.solutions --check
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 	$(NBVAL) $(LESSONS)
 	COURSE_STRICT=1 $(NBVAL) $(SOLUTIONS)
 

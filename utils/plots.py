@@ -15,7 +15,7 @@ COLORS = {
     "shuffled": "#F0E442", "balanced": "#FFFFFF", "chosen": "#000000",
     "one layer": "#9FD8C6", "prompt only": "#CDE6A5", "subtracted": "#882255",
     "refusal": "#AA4499", "compliance": "#117733", "broken": "#999933",
-    "probe": "#332288", "words": "#44AA99", "untrained": "#661100", "PCA": "#DDCC77", "means": "#000000",
+    "probe": "#332288", "words": "#44AA99", "untrained": "#661100", "PCA": "#DDCC77", "means": "#1A1A1A",
     "one layer, last token": "#6699CC",
 }
 
