@@ -50,18 +50,12 @@ def sweep(box):
             yield settings
 
 
-@pytest.fixture
-def picker():
-    def make(n_layers=4, n_positions=3):
-        scores = CandidateScores(*(torch.arange(3.0 * n_layers * n_positions).view(3, n_layers, n_positions) / 100))
-        along = {side: torch.randn(8, n_layers, n_positions) for side in ("harmful", "harmless")}
-        along["harmful"][:, 0], along["harmless"][:, 0] = 0, 0  # as at layer 0, where there is no direction
-        return scores, candidate_picker(scores, along, ["<|eot|>", "assistant", "\n\n"])
-    return make()
-
-
-def test_candidate_picker(picker, capsys):
-    scores, box = picker
+def test_candidate_picker(capsys):
+    scores = CandidateScores(*(torch.arange(36.0).view(3, 4, 3) / 100))
+    along = dict(zip(("harmful", "harmless"), torch.randn(2, 8, 4, 3, generator=torch.Generator().manual_seed(0))))
+    for values in along.values():
+        values[:, 0] = 0  # as at layer 0, where there is no direction
+    box = candidate_picker(scores, along, ["<|eot|>", "assistant", "\n\n"])
     for settings in sweep(box):
         at = settings["layer"], settings["position"]  # -1 is the last one
         assert f"bypass {scores.bypass[at]:.2f}  induce {scores.induce[at]:.2f}  kl {scores.kl[at]:.4f}" in \

@@ -308,8 +308,8 @@ def plot_spread(curves, xlabel, ylabel):
     """
     axis = plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
     for condition, values in curves.items():
-        some = torch.stack([torch.as_tensor(values[number], dtype=torch.float32) for number in values])
-        low, median, high = some.quantile(torch.tensor([0.025, 0.5, 0.975]), dim=1).tolist()
+        drawn = torch.stack([torch.as_tensor(some, dtype=torch.float32) for some in values.values()])
+        low, median, high = drawn.quantile(torch.tensor([0.025, 0.5, 0.975]), dim=1).tolist()
         color = COLORS.get(condition, COLORS["chosen"])
         axis.plot(list(values), median, marker="o", markersize=4, color=color, label=condition)
         axis.fill_between(list(values), low, high, color=color, alpha=0.2, linewidth=0)

@@ -41,7 +41,10 @@ def candidate_picker(scores, projections, tokens):
 
 
 def coefficient_slider(model, direction, instructions, coefficients):
-    """A slider over coefficients: the answers with so much of a Direction added, and the exact judge's verdicts."""
+    """A slider over coefficients: the answers with so much of a Direction added, and the exact judge's verdicts.
+
+    coefficients: in order; the slider starts in the middle.
+    """
     @functools.cache
     def answers(coefficient):
         return generate(model, instructions, Addition(direction.vector, direction.layer, coefficient))
@@ -51,7 +54,8 @@ def coefficient_slider(model, direction, instructions, coefficients):
         print("  ".join(judge(*pair) for pair in zip(instructions, added)))
         display(plots.completions_table(instructions, baseline=answers(0.0), added=added))
 
-    return interactive(show, coefficient=SelectionSlider(options=coefficients, value=1.0, continuous_update=False,
+    middle = coefficients[len(coefficients) // 2]
+    return interactive(show, coefficient=SelectionSlider(options=coefficients, value=middle, continuous_update=False,
                                                          **WIDE))
 
 
