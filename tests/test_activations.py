@@ -2,7 +2,14 @@
 import pytest
 import torch
 
-from utils.activations import mean_residual_stream, residual_stream, trace_residual_stream
+from utils.activations import (
+    attention_shares,
+    head_attributions,
+    mean_residual_stream,
+    residual_stream,
+    trace_heads,
+    trace_residual_stream,
+)
 
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, a car"]
 
@@ -54,3 +61,30 @@ def test_results_are_float32_whatever_the_model(llama, tmp_path):
 def test_positions_that_a_prompt_does_not_have(llama, read, positions):
     with pytest.raises(ValueError, match=r"shortest prompt has 11 tokens: choose from -11 to -1, not \["):
         read(llama, PROMPTS, positions)
+
+
+def test_heads_together_write_what_attention_writes(model):
+    direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    inputs = model.encode(PROMPTS)
+    outputs, patterns = trace_heads(model, inputs)
+    layers = [layer.self_attn for layer in model.layers]
+    attributions = head_attributions(outputs, [layer.o_proj._module.weight for layer in layers], direction)
+    assert attributions.shape == (4, 4, 4)
+    written = {}
+    with model.lm.trace(inputs, use_cache=False):
+        for number, layer in enumerate(layers):
+            written[number] = layer.output[0][:, -1].save()
+    for number, layer in enumerate(layers):
+        bias = layer.o_proj._module.bias
+        expected = (written[number] - (0 if bias is None else bias)) @ (direction / direction.norm())
+        torch.testing.assert_close(attributions[:, number].sum(dim=-1), expected, rtol=1e-4, atol=1e-4)
+    assert patterns.shape == (4, 4, 4, inputs["input_ids"].shape[1])
+    torch.testing.assert_close(patterns.sum(dim=-1), torch.ones(4, 4, 4))
+    assert patterns[inputs["attention_mask"][:, None, None].expand_as(patterns) == 0].abs().max() < 1e-6
+
+
+def test_shares_of_attention_add_up_and_go_where_the_attention_is():
+    parts = torch.tensor([[-1, 0, 1, 1, 2]])
+    pattern = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4]).expand(1, 2, 3, 5)
+    expected = torch.tensor([0.1, 0.5, 0.4]).expand(1, 2, 3, 3)
+    torch.testing.assert_close(attention_shares(pattern, parts, 3), expected)

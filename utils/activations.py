@@ -1,6 +1,8 @@
-"""Read the residual stream: x^(l), a vector for each token, at the start of layer l (paper, section 2.1)."""
+"""Read the residual stream, x^(l), a vector for each token, at the start of layer l (paper, section 2.1); and what
+attention's heads write to it (section 5)."""
 import nnsight
 import torch
+import torch.nn.functional as F
 
 
 def trace_residual_stream(model, inputs, positions):
@@ -46,3 +48,38 @@ def _traced_batches(model, instructions, positions, batch_size):
                          f"{shortest} tokens: choose from -{shortest} to -1, not {positions}.")
     for rows, inputs in model.batches(tokens, batch_size):
         yield rows, trace_residual_stream(model, inputs, positions).float().cpu()
+
+
+def trace_heads(model, inputs):
+    """What each head hands to attention's output matrix at the last token, and how it looks back from there.
+
+    -> outputs [n_prompts, n_layers, n_heads, d_head], patterns [n_prompts, n_layers, n_heads, n_tokens]
+    inputs: one encoded batch, as `model.encode` gives it.
+    """
+    n_heads = model.lm.config.num_attention_heads
+    with model.lm.trace(inputs, use_cache=False, logits_to_keep=1):
+        outputs, patterns = nnsight.save([]), nnsight.save([])
+        for layer in model.layers:
+            outputs.append(layer.self_attn.o_proj.input[:, -1].unflatten(-1, (n_heads, -1)))
+            patterns.append(layer.self_attn.output[1][:, :, -1])
+    return torch.stack(list(outputs), dim=1), torch.stack(list(patterns), dim=1)
+
+
+def head_attributions(outputs, matrices, direction):
+    """Direct feature attribution: what each head writes along r̂ (paper, section 5.1) -> [n_prompts, n_layers, n_heads].
+
+    outputs: [n_prompts, n_layers, n_heads, d_head], from `trace_heads`. matrices: each layer's output matrix, a list of
+    [d_model, n_heads * d_head]. direction: [d_model], of any length.
+    """
+    unit = F.normalize(direction, dim=-1)
+    reads = torch.stack([(unit @ matrix).view(outputs.shape[2:]) for matrix in matrices])
+    return (outputs * reads).sum(dim=-1)
+
+
+def attention_shares(patterns, parts, n_parts):
+    """How much of each head's attention falls on each part of the prompt -> [n_prompts, n_layers, n_heads, n_parts].
+
+    patterns: [n_prompts, n_layers, n_heads, n_tokens]. parts: [n_prompts, n_tokens], the number of each token's part,
+    from 0; -1 for padding.
+    """
+    return torch.stack([(patterns * (parts == part)[:, None, None]).sum(dim=-1) for part in range(n_parts)], dim=-1)

@@ -44,6 +44,7 @@ def load_model(name="organism", dtype=None, device=None):
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
     module, report = _load(name, AutoModelForCausalLM, source, dtype=dtype or torch.float32,
+                           attn_implementation="eager",  # the only one that gives attention's patterns
                            output_loading_info=True)
     if report["missing_keys"]:
         raise OSError(f"The weights of {name!r} lack {min(report['missing_keys'])}: "
