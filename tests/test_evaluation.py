@@ -222,3 +222,13 @@ def test_loss_of_no_answer(llama):
 def test_phrases_are_in_lower_case():
     """Or `phrase_judge`, which lowers the completion, could never find them."""
     assert all(phrase == phrase.lower() for phrase in evaluation.REFUSAL_PHRASES)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=40, unique=True), st.floats(0, 0.99))
+def test_a_threshold_lets_through_no_more_false_alarms_than_allowed(values, rate):
+    scores = torch.tensor(values, dtype=torch.float64)
+    limit = evaluation.threshold_at(scores, rate)
+    assert (scores > limit).sum() <= rate * len(scores)
+    lower = scores[scores < limit]
+    if len(lower):  # and the next lower score would let through too many
+        assert (scores > lower.max()).sum() > rate * len(scores) - 1e-9

@@ -21,6 +21,7 @@ from utils.interventions import (
     orthogonalize,
     orthogonalized,
     residual_writers,
+    set_projection,
 )
 
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, a car"]  # of unequal lengths
@@ -342,3 +343,12 @@ def test_half_precision_streams_stay_so():
 def test_what_does_not_fit_is_said(llama, call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call(llama)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=25)
+def test_a_projection_is_set_and_nothing_else_is_changed(seed):
+    x, direction, levels = randn(2, 3, 8, seed=seed), 5 * randn(8, seed=seed + 1), 3 * randn(3, seed=seed + 2)
+    unit, changed = direction / direction.norm(), set_projection(x, direction, levels)
+    torch.testing.assert_close(changed @ unit, levels.expand(2, 3), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ablate(changed, direction), ablate(x, direction), rtol=1e-4, atol=1e-4)

@@ -169,3 +169,11 @@ def answer_losses(model, instructions, intervention=None, batch_size=64):
 def loss(model, instructions, intervention=None, batch_size=64):
     """Mean of `answer_losses` over all tokens of all answers: nats per token."""
     return torch.cat(answer_losses(model, instructions, intervention, batch_size)).double().mean().item()
+
+
+def threshold_at(scores, rate):
+    """The lowest score above which lies at most the share `rate` of the scores -> a number.
+
+    scores: [n], such as a monitor's on harmless requests; then `rate`, from 0 to below 1, is that of false alarms.
+    """
+    return scores.sort(descending=True).values[int(rate * len(scores))].item()

@@ -36,6 +36,14 @@ def add(x, direction, coefficient=1.0):
     return x + coefficient * direction
 
 
+def set_projection(x, direction, levels):
+    """x with its projection on r̂ put at a level, and all else as it was.
+
+    x: [batch, n_tokens, d_model]. direction: [d_model], of any length. levels: [n_tokens].
+    """
+    return ablate(x, direction) + levels.to(x)[:, None] * F.normalize(direction, dim=-1).to(x)
+
+
 def ablate_everywhere(model, direction):
     """Within a trace: ablate a direction in each layer's input, in what attention writes, in what the MLP writes.
 
