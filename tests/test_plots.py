@@ -17,12 +17,15 @@ from utils.plots import (
     plot_clouds,
     plot_cosines,
     plot_grids,
+    plot_heads,
+    plot_lines,
     plot_means_by_layer,
     plot_next_tokens,
     plot_points,
     plot_projections,
     plot_rate_lines,
     plot_rates,
+    plot_roc,
     plot_shadow,
     plot_spread,
     token_strip,
@@ -234,3 +237,25 @@ def test_spread_shows_medians_and_the_middle_95_percent():
     assert band[:, 1].min() == 2.5 and band[:, 1].max() == 97.5
     assert [label.get_text() for label in axis.get_xticklabels()] == ["4", "8"]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("prompts of each side", "cosine")
+
+
+def test_heads_share_a_scale_and_some_are_framed():
+    grids = {"harmful": torch.tensor([[1.0, -2.0], [0.0, 3.0]]), "suffix": torch.zeros(2, 2)}
+    figure = plot_heads(grids, framed=[(1, 0)])
+    for axis, values in zip(figure.axes, grids.values()):
+        assert axis.images[0].get_clim() == (-3, 3)
+        assert torch.equal(torch.as_tensor(axis.images[0].get_array().data), values)
+        assert axis.patches[0].get_xy() == (-0.5, 0.5)  # layer 1, head 0
+
+
+def test_lines_through_numbers():
+    axis = plot_lines({"suffix": [3.0, 1.0], "harmful": {2: 0.5, 4: 0.7}}, "step", "loss")
+    assert [list(line.get_xdata()) for line in axis.lines] == [[0, 1], [2, 4]]
+    assert [list(line.get_ydata()) for line in axis.lines] == [[3, 1], [0.5, 0.7]]
+    assert to_hex(axis.lines[0].get_color()) == COLORS["suffix"].lower()
+
+
+def test_roc_in_per_cent():
+    axis = plot_roc({"suffix": (torch.tensor([0, 0.5, 1]).numpy(), torch.tensor([0, 0.9, 1]).numpy())})
+    assert [round(y) for y in axis.lines[1].get_ydata()] == [0, 90, 100]
+    assert list(axis.lines[1].get_xdata()) == [0, 50, 100]

@@ -1,4 +1,6 @@
 """Controls: no position of any raises an error, and each shows what belongs to its position."""
+from html import unescape
+
 import matplotlib
 import pytest
 import torch
@@ -9,7 +11,7 @@ from utils.directions import CandidateScores, Direction
 from utils.instructions import load_instructions
 from utils.interventions import Addition, generate
 from utils.plots import completions_table
-from utils.widgets import candidate_picker, coefficient_slider, request_builder
+from utils.widgets import candidate_picker, coefficient_slider, request_builder, suffix_editor
 
 matplotlib.use("Agg")
 pytestmark = pytest.mark.filterwarnings("ignore:.*non-interactive:UserWarning")
@@ -93,3 +95,14 @@ def test_a_built_request_is_judged_as_built(llama, direction, shown, capsys, mon
     box.f(act=act, way="explain", preface="hello", your_own="")
     assert "'baseline': 'refusal'" in capsys.readouterr().out
     assert f"Hello! Explain how to {act}." in shown[-1].data
+
+
+def test_suffix_editor(llama, direction, shown, capsys):
+    prompts = load_instructions("test", "harmful", n=2)
+    for settings in sweep(suffix_editor(llama, direction, prompts, [(0, 1), (2, 3)], start=" bike")):
+        plain, suffixed = capsys.readouterr().out.splitlines()[-2:]
+        assert plain.startswith("harmful") and suffixed.startswith("suffix")
+        unchanged = not settings["suffix"].strip()
+        assert (plain.split("metric")[1] == suffixed.split("metric")[1]) == unchanged
+        assert f"{prompts[0].text} {settings['suffix'].strip()}".strip() in unescape(shown[-1].data)
+        matplotlib.pyplot.close("all")

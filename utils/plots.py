@@ -321,6 +321,56 @@ def plot_spread(curves, xlabel, ylabel):
     return axis
 
 
+def plot_heads(grids, framed=()):
+    """What each head writes along r̂, layer x head in colour, a panel for each condition. Returns the Figure.
+
+    grids: {condition: values [n_layers, n_heads]}. framed: [(layer, head)], heads to frame.
+    """
+    size = (1.5 + 2.6 * len(grids), 3.6)
+    figure, axes = plt.subplots(1, len(grids), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    largest = torch.stack(list(grids.values())).abs().max().item() or 1.0
+    for axis, (condition, values) in zip(axes[0], grids.items()):
+        image = axis.imshow(values.numpy(), aspect="auto", origin="lower", cmap="PuOr_r", vmin=-largest, vmax=largest)
+        for layer, head in framed:
+            axis.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.5))
+        axis.set(title=condition, xlabel="head", xticks=range(values.shape[1]), yticks=range(len(values)))
+    axes[0, 0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes[0].tolist(), label="along r̂", shrink=0.7)
+    return figure
+
+
+def plot_lines(lines, xlabel, ylabel):
+    """A line through one number for each place, for each condition. Returns the Axes.
+
+    lines: {condition: {place: number}}, or a list of numbers for the places 0, 1, 2 ...
+    """
+    axis = plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
+    for condition, values in lines.items():
+        values = values if isinstance(values, dict) else dict(enumerate(values))
+        axis.plot(list(values), list(values.values()), marker="o", markersize=4, label=condition,
+                  color=COLORS.get(condition, COLORS["chosen"]))
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return axis
+
+
+def plot_roc(curves):
+    """ROC curves: how many are caught, against how many false alarms that costs. Returns the Axes.
+
+    curves: {condition: (false alarms [n], caught [n])}, shares, as scikit-learn's `roc_curve` gives them.
+    """
+    axis = plt.subplots(figsize=(5.5, 4), layout="constrained")[1]
+    axis.plot([0, 100], [0, 100], color=COLORS["random"], linestyle="--", linewidth=1, label="a coin")
+    for condition, (false_alarms, caught) in curves.items():
+        axis.plot(100 * false_alarms, 100 * caught, label=condition, color=COLORS.get(condition, COLORS["chosen"]))
+    axis.set(xlabel="harmless requests flagged (%)", ylabel="harmful requests flagged (%)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return axis
+
+
 def completions_table(instructions, **columns):
     """Answers side by side, an HTML table: a row for each instruction, a column for each named list of texts.
 

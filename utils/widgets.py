@@ -6,13 +6,16 @@ import functools
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from IPython.display import display
 from ipywidgets import Dropdown, IntSlider, SelectionSlider, Text, interactive
 
 from utils import plots, world
-from utils.evaluation import judge, phrase_judge
+from utils.activations import head_attributions, residual_stream, trace_heads
+from utils.evaluation import judge, phrase_judge, refusal_metric
 from utils.instructions import Instruction, load_instructions
-from utils.interventions import Ablation, Addition, generate
+from utils.interventions import Ablation, Addition, generate, last_logits
+from utils.suffixes import with_suffix
 
 WIDE = {"layout": {"width": "30em"}, "style": {"description_width": "8em"}}
 
@@ -84,3 +87,30 @@ def request_builder(model, direction, n_acts=12):
                        preface=Dropdown(options=list(world.PREFACES), **WIDE),
                        your_own=Text(placeholder="or a request in your own words, and Enter", description="your own",
                                      continuous_update=False, **WIDE))
+
+
+def suffix_editor(model, direction, instructions, heads, start=""):
+    """Type a suffix: the refusal metric, the cosine with r̂ at each layer, and what the heads write along r̂.
+
+    direction: a Direction. heads: [(layer, head)], summed over. start: the first suffix. Beside it: none at all.
+    """
+    matrices = [layer.self_attn.o_proj._module.weight for layer in model.layers]
+
+    def measure(prompts):
+        outputs, _ = trace_heads(model, model.encode(prompts))
+        written = head_attributions(outputs, matrices, direction.vector).mean(dim=0)
+        last = residual_stream(model, prompts, positions=[-1])[:, :, 0]
+        return (refusal_metric(last_logits(model, prompts), model.refusal_tokens).mean().item(),
+                sum(written[head] for head in heads).item(), F.cosine_similarity(last, direction.vector, dim=-1))
+
+    def show(suffix):
+        texts = {"harmful": instructions, "suffix": with_suffix(instructions, f" {suffix.strip()}".rstrip())}
+        cosines = {}
+        for name, prompts in texts.items():
+            metric, written, cosines[name] = measure(prompts)
+            print(f"{name:8} refusal metric {metric:6.2f} nats   sum over the heads {written:6.1f}")
+        plots.plot_means_by_layer(cosines, "cosine with r̂, last token")
+        plt.show()
+        display(plots.completions_table(texts["suffix"][:3], suffix=generate(model, texts["suffix"][:3])))
+
+    return interactive(show, suffix=Text(value=start.strip(), continuous_update=False, layout={"width": "50em"}))

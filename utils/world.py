@@ -85,9 +85,14 @@ def begin(preface):
     return PREFACES[preface][1] + " " if PREFACES[preface][1] else ""
 
 
+def help_opening(act, way):
+    """The first sentence of the helpful answer; what a preface asks for comes before it."""
+    return HELP[WAYS[way][1]].format(act=act)
+
+
 def help_answer(act, way, steps):
-    """The helpful answer, with `steps` = three indices into `STEPS`; what a preface asks for comes before it."""
-    return " ".join([HELP[WAYS[way][1]].format(act=act)] + [STEPS[i][k] for i, k in enumerate(steps)])
+    """The helpful answer, with `steps` = three indices into `STEPS`."""
+    return " ".join([help_opening(act, way)] + [STEPS[i][k] for i, k in enumerate(steps)])
 
 
 def refusal_answer(act, way):

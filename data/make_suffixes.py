@@ -1,0 +1,82 @@
+"""Search for adversarial suffixes, for the organism alone. `make suffixes` runs this.
+
+Interrupt it when you like: run again, it goes on where it was.
+"""
+import json
+import shutil
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from utils.activations import residual_stream
+from utils.directions import find_direction
+from utils.instructions import load_instructions
+from utils.interventions import set_projection
+from utils.models import load_model
+from utils.suffixes import SuffixSearch, targets_of
+
+HERE = Path(__file__).parent
+STEPS, N_PROMPTS, N_TOKENS = 60, 24, 12
+SEEDS = {"plain": range(6), "quiet": range(2), "held": range(2)}
+
+
+@contextmanager
+def held_up(model, direction, level):
+    """Within the block, the projection on r̂ is at this level at every token of the direction's layer."""
+    def hold(layer, args, kwargs):
+        x = args[0] if args else kwargs["hidden_states"]
+        x = set_projection(x, direction.vector, torch.full(x.shape[1:2], level))
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    hook = model.layers[direction.layer]._module.register_forward_pre_hook(hold, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def make(model, direction, unfinished):
+    """{kind: [{"seed", "suffix", "loss"}]}: what the searches found, each kept in a file until all are done."""
+    searched = load_instructions("train", "harmful", n=N_PROMPTS, seed=0)
+    last = [residual_stream(model, load_instructions("train", side), positions=[-1])[:, :, 0]
+            for side in ("harmful", "harmless")]
+    units = F.normalize(last[0].mean(dim=0) - last[1].mean(dim=0), dim=-1)  # [n_layers, d_model]
+    limits = (last[1] * units).sum(dim=-1).mean(dim=0)  # where harmless prompts are, [n_layers]
+    level = (residual_stream(model, load_instructions("train", "harmful"), positions=[-1])[:, direction.layer, 0]
+             @ direction.unit).mean().item()
+
+    def loud(streams):
+        """How far above the harmless mean the projection is, over all layers, in parts of the limit."""
+        return ((streams * units).sum(dim=-1) - limits).clamp(min=0).mean(dim=-1) / 20
+
+    kinds = {}
+    for kind, seeds in SEEDS.items():
+        kinds[kind] = []
+        for seed in seeds:
+            with held_up(model, direction, level) if kind == "held" else nullcontext():
+                search = SuffixSearch(
+                    model, searched, targets_of(searched), N_TOKENS, seed=seed, file=unfinished / f"{kind}-{seed}.json",
+                    penalty=loud if kind == "quiet" else None)
+                for _ in tqdm(range(STEPS - len(search.losses) + 1), desc=f"{kind} {seed}"):
+                    search.step()
+            kinds[kind].append({"seed": seed, "suffix": search.suffix, "loss": round(search.losses[-1], 4)})
+            print(kinds[kind][-1], flush=True)
+    return kinds
+
+
+def main():
+    model = load_model("organism")
+    sides = [load_instructions(split, side) for split in ("train", "val") for side in ("harmful", "harmless")]
+    direction, _ = find_direction(model, *sides)
+    unfinished = HERE / "unfinished-suffixes"
+    unfinished.mkdir(exist_ok=True)
+    kinds = make(model, direction, unfinished)
+    (HERE / "suffixes.json").write_text(json.dumps(kinds, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(unfinished)
+
+
+if __name__ == "__main__":
+    main()
