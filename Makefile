@@ -10,7 +10,7 @@ NBVAL = $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-tim
 # One thread in each process: the tests run two at a time.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: help lab test solutions model strip clean
+.PHONY: help lab test solutions model suffixes benchmark strip clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,8 @@ help:
 	@echo "make test       install all that the tests need, and run them"
 	@echo "make solutions  build solutions/ from lessons/ and utils/, and run them"
 	@echo "make model      make the instructions, the tokenizer and the model organism from nothing (half an hour)"
+	@echo "make suffixes   search for adversarial suffixes for the organism (over half an hour)"
+	@echo "make benchmark  compare the search for suffixes to nanogcg's"
 	@echo "make strip      remove the outputs from lessons/, as they are committed"
 	@echo "make clean      remove .venv and caches"
 
@@ -37,6 +39,14 @@ solutions: .venv/dev
 
 model: .venv/course
 	$(BIN)/python data/make_model.py
+
+suffixes: .venv/course
+	$(BIN)/python data/make_suffixes.py
+
+# Without what it depends on: it asks for an older transformers than the course's.
+benchmark: .venv/course
+	$(BIN)/python -m pip install --no-deps nanogcg==0.3.0
+	$(BIN)/python tests/benchmark_suffixes.py
 
 strip: .venv/dev
 	$(BIN)/nbstripout --keep-id $(LESSONS)
