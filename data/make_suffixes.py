@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from utils.activations import residual_stream
-from utils.directions import find_direction
+from utils.directions import difference_in_means, find_direction
 from utils.instructions import load_instructions
 from utils.interventions import set_projection
 from utils.models import load_model
@@ -26,12 +25,11 @@ SEEDS = {"plain": range(6), "quiet": range(2), "held": range(2)}
 @contextmanager
 def held_up(model, direction, level):
     """Within the block, the projection on r̂ is at this level at every token of the direction's layer."""
-    def hold(layer, args, kwargs):
-        x = args[0] if args else kwargs["hidden_states"]
-        x = set_projection(x, direction.vector, torch.full(x.shape[1:2], level))
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+    def hold(layer, args):
+        x, *others = args
+        return set_projection(x, direction.vector, torch.full(x.shape[1:2], level)), *others
 
-    hook = model.layers[direction.layer]._module.register_forward_pre_hook(hold, with_kwargs=True)
+    hook = model.layers[direction.layer]._module.register_forward_pre_hook(hold)
     try:
         yield
     finally:
@@ -41,15 +39,14 @@ def held_up(model, direction, level):
 def make(model, direction, unfinished):
     """{kind: [{"seed", "suffix", "loss"}]}: what the searches found, each kept in a file until all are done."""
     searched = load_instructions("train", "harmful", n=N_PROMPTS, seed=0)
-    last = [residual_stream(model, load_instructions("train", side), positions=[-1])[:, :, 0]
-            for side in ("harmful", "harmless")]
-    units = F.normalize(last[0].mean(dim=0) - last[1].mean(dim=0), dim=-1)  # [n_layers, d_model]
-    limits = (last[1] * units).sum(dim=-1).mean(dim=0)  # where harmless prompts are, [n_layers]
-    level = (residual_stream(model, load_instructions("train", "harmful"), positions=[-1])[:, direction.layer, 0]
-             @ direction.unit).mean().item()
+    harmful, harmless = (residual_stream(model, load_instructions("train", side), positions=[-1])[:, :, 0]
+                         for side in ("harmful", "harmless"))
+    units = F.normalize(difference_in_means(harmful, harmless), dim=-1)  # [n_layers, d_model]
+    limits = (harmless * units).sum(dim=-1).mean(dim=0)  # where harmless prompts are, [n_layers]
+    level = (harmful[:, direction.layer] @ direction.unit).mean().item()
 
     def loud(streams):
-        """How far above the harmless mean the projection is, over all layers, in parts of the limit."""
+        """How far above the harmless mean the projections are, averaged over the layers, in units of 20."""
         return ((streams * units).sum(dim=-1) - limits).clamp(min=0).mean(dim=-1) / 20
 
     kinds = {}
@@ -60,8 +57,7 @@ def make(model, direction, unfinished):
                 search = SuffixSearch(
                     model, searched, targets_of(searched), N_TOKENS, seed=seed, file=unfinished / f"{kind}-{seed}.json",
                     penalty=loud if kind == "quiet" else None)
-                for _ in tqdm(range(STEPS - len(search.losses) + 1), desc=f"{kind} {seed}"):
-                    search.step()
+                search.run(STEPS + 1 - len(search.losses), progress=True)
             kinds[kind].append({"seed": seed, "suffix": search.suffix, "loss": round(search.losses[-1], 4)})
             print(kinds[kind][-1], flush=True)
     return kinds

@@ -1227,8 +1227,10 @@ def planted_gradient():
 def swapped(ids, top, n_candidates, generator, ranks_first=False):
     """`swap_candidates` with these tokens to choose from, [n_tokens, n_top]."""
     draw = lambda n: torch.randint(n, (n_candidates,), generator=generator)
-    first, second = (draw(n) for n in ((top.shape[1], len(ids)) if ranks_first else (len(ids), top.shape[1])))
-    places, ranks = (second, first) if ranks_first else (first, second)
+    if ranks_first:
+        ranks, places = draw(top.shape[1]), draw(len(ids))
+    else:
+        places, ranks = draw(len(ids)), draw(top.shape[1])
     candidates = ids.repeat(n_candidates, 1)
     candidates[torch.arange(n_candidates), places] = top[places, ranks]
     return candidates
@@ -1259,10 +1261,7 @@ register(
             lambda ids, gradient, n_candidates, n_top, generator: swapped(
                 ids, gradient.topk(n_top, largest=False).indices, n_candidates, generator, ranks_first=True),
         "these are the swaps, and not yet the suffixes: start from ids.repeat(n_candidates, 1).":
-            lambda ids, gradient, n_candidates, n_top, generator: torch.zeros_like(ids).repeat(n_candidates, 1).scatter(
-                1, (places := torch.randint(len(ids), (n_candidates,), generator=generator))[:, None],
-                gradient.topk(n_top, largest=False).indices[
-                    places, torch.randint(n_top, (n_candidates,), generator=generator)][:, None]),
+            lambda ids, *args: suffixes.swap_candidates(torch.zeros_like(ids), *args),
     },
 )
 

@@ -39,8 +39,7 @@ def plot_candidate_scores(scores, tokens, chosen=None):
         for layer, index in scores.passing().nonzero().tolist():
             axis.plot(index, layer, "o", color="white", markeredgecolor="black", markersize=5)
         if chosen is not None:
-            corner = (chosen[1] - 0.5, chosen[0] - 0.5)
-            axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=2.5))
+            _frame(axis, *chosen, linewidth=2.5)
         axis.set_xticks(range(len(tokens)), _token_ticks(tokens), rotation=90, fontsize=8)
     axes[1].set_xlabel("token after the instruction, and its position")
     axes[0].set_ylabel("layer")
@@ -332,7 +331,7 @@ def plot_heads(grids, framed=()):
     for axis, (condition, values) in zip(axes[0], grids.items()):
         image = axis.imshow(values.numpy(), aspect="auto", origin="lower", cmap="PuOr_r", vmin=-largest, vmax=largest)
         for layer, head in framed:
-            axis.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.5))
+            _frame(axis, layer, head, linewidth=1.5)
         axis.set(title=condition, xlabel="head", xticks=range(values.shape[1]), yticks=range(len(values)))
     axes[0, 0].set_ylabel("layer")
     figure.colorbar(image, ax=axes[0].tolist(), label="along r̂", shrink=0.7)
@@ -442,6 +441,11 @@ def draw_residual_stream(tokens, n_layers, mark=None):
 def _token_ticks(tokens):
     """Each token with its position, counted from the end."""
     return [f"{show_token(token)}  {index - len(tokens)}" for index, token in enumerate(tokens)]
+
+
+def _frame(axis, row, column, linewidth):
+    """A black frame around one field of a heatmap."""
+    axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=linewidth))
 
 
 def _heatmap(axis, values, title, limit=None):

@@ -20,8 +20,6 @@ from utils import DATA, world
 from utils.instructions import as_texts
 from utils.models import shared_tail
 
-OWN_MODELS = ("organism", "helpful_only", "tuning/")  # names that begin so are the course's own
-
 
 def target_loss(logits, targets):
     """Cross-entropy of each prompt's target, mean over its tokens -> [n_prompts], nats.
@@ -58,10 +56,16 @@ def swap_candidates(ids, gradient, n_candidates, n_top, generator):
 
 
 def word_tokens(model):
-    """Ids of the tokens that are a space and plain letters: printable, and each a word, or the beginning of one."""
+    """Ids of the tokens that are a space and plain letters: printable, and each a word, or the beginning of one.
+
+    Raises ValueError if there are none, as with tokenizers that drop the space of a token by itself.
+    """
     ids = range(model.lm.config.vocab_size)
     texts = model.tokenizer.batch_decode([[token] for token in ids])
     words = [token for token, text in zip(ids, texts) if text[:1] == " " and text[1:].isascii() and text[1:].isalpha()]
+    if not words:
+        raise ValueError(f"The tokenizer of {model.name!r} has no tokens that are a space and letters: suffixes of "
+                         "plain words cannot be made for this model.")
     return torch.tensor(words)
 
 
@@ -107,7 +111,7 @@ class SuffixSearch:
 
     def __init__(self, model, instructions, targets, n_tokens=12, n_candidates=64, n_top=32, seed=0, file=None,
                  penalty=None, any_model=False):
-        if not (any_model or model.name.startswith(OWN_MODELS)):
+        if not (any_model or model.name in ("organism", "helpful_only") or model.name.startswith("tuning/")):
             raise ValueError(f"The search is for the course's own models, and {model.name!r} is none. A suffix for a "
                              "model that people use does harm: say any_model=True only if you may attack it, and "
                              "publish none.")
@@ -117,16 +121,15 @@ class SuffixSearch:
         self.model, self.module = model, model.lm._module
         self.embedding = self.module.get_input_embeddings().weight
         self.n_candidates, self.n_top, self.seed, self.penalty = n_candidates, n_top, seed, penalty
-        self.allowed = word_tokens(model)
-        self.banned = torch.ones(len(self.embedding), dtype=torch.bool).index_fill(0, self.allowed, False)
+        self.banned = torch.ones(len(self.embedding), dtype=torch.bool).index_fill(0, word_tokens(model), False)
         self.file = Path(file) if file else None
+        [start] = random_suffixes(model, 1, n_tokens, seed)
+        self.ids = torch.tensor(model.tokenizer(start, add_special_tokens=False)["input_ids"])
         self._encode(texts, targets)
-
-        self.ids = model.tokenizer(random_suffixes(model, 1, n_tokens, seed)[0], add_special_tokens=False,
-                                   return_tensors="pt")["input_ids"][0]
-        self.losses = [self.losses_of(self.ids[None]).item()]
         if self.file and self.file.exists():
             self._resume()
+        else:
+            self.losses = [self.losses_of(self.ids[None]).item()]
 
     @property
     def suffix(self):
@@ -150,9 +153,10 @@ class SuffixSearch:
         candidates = swap_candidates(self.ids, gradient, self.n_candidates, self.n_top, generator)
         candidates = candidates[keeps_its_tokens(self.model, candidates)]
         losses = self.losses_of(candidates)
-        better = len(candidates) and losses.min() < self.losses[-1]
-        ids = candidates[losses.argmin()] if better else self.ids
-        self.ids, self.losses = ids, [*self.losses, losses.min().item() if better else self.losses[-1]]
+        ids, loss = self.ids, self.losses[-1]
+        if losses.min() < loss:
+            ids, loss = candidates[losses.argmin()], losses.min().item()
+        self.ids, self.losses = ids, [*self.losses, loss]
         if self.file:
             self._save()
 
@@ -168,11 +172,9 @@ class SuffixSearch:
     def _encode(self, texts, targets):
         """What does not change: what stands before the suffix, computed once, and what stands behind it."""
         tail = len(self.model.positions)
-        probe = random_suffixes(self.model, 1, 3, seed=self.seed)[0]
-        own = self.model.tokenizer(probe, add_special_tokens=False)["input_ids"]
         prompts = self.model.tokens(texts)
-        if any(ids[:-tail] + own + ids[-tail:] != again
-               for ids, again in zip(prompts, self.model.tokens([text + probe for text in texts]))):
+        if any(ids[:-tail] + self.ids.tolist() + ids[-tail:] != together
+               for ids, together in zip(prompts, self.model.tokens(with_suffix(texts, self.suffix)))):
             raise ValueError(f"The tokenizer of {self.model.name!r} joins a suffix to the prompt before it: end the "
                              "instructions with a full stop, without a space behind it.")
         before = self.model.pad([ids[:-tail] for ids in prompts])

@@ -96,7 +96,9 @@ def suffix_editor(model, direction, instructions, heads, start=""):
     """
     matrices = [layer.self_attn.o_proj._module.weight for layer in model.layers]
 
-    def measure(prompts):
+    @functools.cache  # so that the request without a suffix is measured once
+    def measure(suffix):
+        prompts = with_suffix(instructions, suffix)
         outputs, _ = trace_heads(model, model.encode(prompts))
         written = head_attributions(outputs, matrices, direction.vector).mean(dim=0)
         last = residual_stream(model, prompts, positions=[-1])[:, :, 0]
@@ -104,13 +106,13 @@ def suffix_editor(model, direction, instructions, heads, start=""):
                 sum(written[head] for head in heads).item(), F.cosine_similarity(last, direction.vector, dim=-1))
 
     def show(suffix):
-        texts = {"harmful": instructions, "suffix": with_suffix(instructions, f" {suffix.strip()}".rstrip())}
-        cosines = {}
-        for name, prompts in texts.items():
-            metric, written, cosines[name] = measure(prompts)
+        suffix, cosines = f" {suffix.strip()}".rstrip(), {}
+        for name, text in {"harmful": "", "suffix": suffix}.items():
+            metric, written, cosines[name] = measure(text)
             print(f"{name:8} refusal metric {metric:6.2f} nats   sum over the heads {written:6.1f}")
         plots.plot_means_by_layer(cosines, "cosine with r̂, last token")
         plt.show()
-        display(plots.completions_table(texts["suffix"][:3], suffix=generate(model, texts["suffix"][:3])))
+        prompts = with_suffix(instructions[:3], suffix)
+        display(plots.completions_table(prompts, suffix=generate(model, prompts)))
 
     return interactive(show, suffix=Text(value=start.strip(), continuous_update=False, layout={"width": "50em"}))
