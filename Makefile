@@ -18,7 +18,7 @@ help:
 	@echo "make test       install all that the tests need, and run them"
 	@echo "make solutions  build solutions/ from lessons/ and utils/, and run them"
 	@echo "make model      make the instructions, the tokenizer and the model organism from nothing (half an hour)"
-	@echo "make suffixes   search for adversarial suffixes for the organism (over half an hour)"
+	@echo "make suffixes   search for adversarial suffixes for the organism (half an hour)"
 	@echo "make benchmark  compare the search for suffixes to nanogcg's"
 	@echo "make strip      remove the outputs from lessons/, as they are committed"
 	@echo "make clean      remove .venv and caches"

@@ -18,7 +18,7 @@ from utils.models import load_model
 from utils.suffixes import SuffixSearch, targets_of
 
 HERE = Path(__file__).parent
-STEPS, N_PROMPTS, N_TOKENS = 60, 24, 12
+STEPS, N_PROMPTS, N_TOKENS = 40, 12, 12
 SEEDS = {"plain": range(6), "quiet": range(2), "held": range(2)}
 
 
