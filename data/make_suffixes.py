@@ -19,11 +19,11 @@ from utils.suffixes import SuffixSearch, targets_of
 
 HERE = Path(__file__).parent
 STEPS, N_PROMPTS, N_TOKENS = 40, 12, 12
-SEEDS = {"plain": range(6), "quiet": range(2), "held": range(2)}
+SEEDS = {"plain": range(6), "quiet": range(2), "pinned": range(2)}
 
 
 @contextmanager
-def held_up(model, direction, level):
+def pinned(model, direction, level):
     """Within the block, the projection on r̂ is at this level at every token of the direction's layer."""
     def hold(layer, args):
         x, *others = args
@@ -53,12 +53,13 @@ def make(model, direction, unfinished):
     for kind, seeds in SEEDS.items():
         kinds[kind] = []
         for seed in seeds:
-            with held_up(model, direction, level) if kind == "held" else nullcontext():
+            with pinned(model, direction, level) if kind == "pinned" else nullcontext():
                 search = SuffixSearch(
                     model, searched, targets_of(searched), N_TOKENS, seed=seed, file=unfinished / f"{kind}-{seed}.json",
                     penalty=loud if kind == "quiet" else None)
                 search.run(STEPS + 1 - len(search.losses), progress=True)
-            kinds[kind].append({"seed": seed, "suffix": search.suffix, "loss": round(search.losses[-1], 4)})
+            kinds[kind].append({"seed": seed, "suffix": search.suffix, "first_loss": round(search.losses[0], 4),
+                                "loss": round(search.losses[-1], 4)})
             print(kinds[kind][-1], flush=True)
     return kinds
 

@@ -186,7 +186,7 @@ def test_stored_suffixes_come_by_their_loss_and_what_is_missing_is_told(tmp_path
         suffixes.load_suffixes("loud")
 
 
-def test_a_projection_is_held_up_at_every_token_and_no_longer_than_the_block(llama):
+def test_a_projection_is_pinned_at_every_token_and_no_longer_than_the_block(llama):
     direction = Direction(torch.randn(llama.d_model, generator=torch.Generator().manual_seed(0)), layer=2, position=-1)
     before = llama.lm._module(**llama.encode(PROMPTS)).logits
 
@@ -198,6 +198,6 @@ def test_a_projection_is_held_up_at_every_token_and_no_longer_than_the_block(lla
         hook.remove()
         return seen[0]
 
-    with make_suffixes.held_up(llama, direction, 7.0):
+    with make_suffixes.pinned(llama, direction, 7.0):
         assert torch.allclose(projections(), torch.tensor(7.0), atol=1e-4)
     assert torch.equal(llama.lm._module(**llama.encode(PROMPTS)).logits, before)
