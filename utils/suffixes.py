@@ -165,7 +165,7 @@ class SuffixSearch:
         return self._losses(suffix[None]).mean()
 
     @torch.no_grad()
-    def losses_of(self, suffixes, batch_size=16):
+    def losses_of(self, suffixes, batch_size=8):
         """Mean loss over the prompts, for suffixes [n_suffixes, n_tokens] -> [n_suffixes], nats."""
         return torch.cat([self._losses(self.embedding[some]).mean(dim=0) for some in suffixes.split(batch_size)])
 
