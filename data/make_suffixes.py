@@ -37,7 +37,7 @@ def pinned(model, direction, level):
 
 
 def make(model, direction, unfinished):
-    """{kind: [{"seed", "suffix", "loss"}]}: what the searches found, each kept in a file until all are done."""
+    """{kind: [{"seed", "suffix", "first_loss", "loss"}]}: what was found, each kept in a file until all are done."""
     searched = load_instructions("train", "harmful", n=N_PROMPTS, seed=0)
     harmful, harmless = (residual_stream(model, load_instructions("train", side), positions=[-1])[:, :, 0]
                          for side in ("harmful", "harmless"))

@@ -42,7 +42,7 @@ def token_gradient(loss, embedding, ids):
 
 
 def swap_candidates(ids, gradient, n_candidates, n_top, generator):
-    """Suffixes that differ from `ids` in one token -> [n_candidates, n_tokens].
+    """Suffixes that differ from `ids` in one token at most -> [n_candidates, n_tokens].
 
     Each has one place, drawn at random, and there one of the n_top tokens of lowest gradient, drawn at random.
     ids: [n_tokens]. gradient: [n_tokens, vocab], inf for tokens that may not be used.
