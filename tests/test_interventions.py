@@ -25,7 +25,7 @@ from utils.interventions import (
 )
 
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, a car"]  # of unequal lengths
-POST_NORM = "Gemma2ForCausalLM"
+POST_NORM = {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM"}
 
 
 def randn(*shape, seed=0):
@@ -58,7 +58,7 @@ class Hooks:
         for number, layer in enumerate(base.layers):
             if self.ablate is not None:
                 self.before(layer, lambda x: erase(x, self.ablate))
-                if type(self.module).__name__ == POST_NORM:
+                if type(self.module).__name__ in POST_NORM:
                     writers = [layer.post_attention_layernorm, layer.post_feedforward_layernorm]
                 else:
                     writers = [getattr(layer, "self_attn", None) or layer.attention, layer.mlp]

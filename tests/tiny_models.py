@@ -7,17 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 TEMPLATE = (
@@ -51,27 +41,30 @@ def tiny_tokenizer(template=TEMPLATE):
     return tokenizer
 
 
+# architecture, as `model_type` in a checkpoint's config: what a tiny one needs beside its size
+ARCHITECTURES = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "tie_word_embeddings": False},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "tie_word_embeddings": True},
+    "phi3": {},
+    "olmo2": {},
+    "gpt_neox": {},
+}
+
+
 def tiny_model(architecture, vocab_size, eos_token_id):
     """A random model of 4 layers and width 32, its weights large enough for a change to show in the logits."""
-    size = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-                eos_token_id=eos_token_id, pad_token_id=vocab_size - 4, bos_token_id=vocab_size - 5,
-                max_position_embeddings=256, initializer_range=0.2)
-    grouped = dict(size, num_key_value_heads=2)
+    heads = {} if architecture == "gpt_neox" else {"num_key_value_heads": 2}
+    config = CONFIG_MAPPING[architecture](
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        eos_token_id=eos_token_id, pad_token_id=vocab_size - 4, bos_token_id=vocab_size - 5,
+        max_position_embeddings=256, initializer_range=0.2, **heads, **ARCHITECTURES[architecture])
     torch.manual_seed(0)
-    match architecture:
-        case "llama":
-            return LlamaForCausalLM(LlamaConfig(**grouped, tie_word_embeddings=True))
-        case "qwen2":
-            return Qwen2ForCausalLM(Qwen2Config(**grouped))
-        case "gemma2":
-            return Gemma2ForCausalLM(Gemma2Config(**grouped, head_dim=8, query_pre_attn_scalar=8, sliding_window=16,
-                                                  tie_word_embeddings=False))
-        case "gpt_neox":
-            return GPTNeoXForCausalLM(GPTNeoXConfig(**size))
-    raise ValueError(f"no tiny model of architecture {architecture!r}")
-
-
-ARCHITECTURES = ["llama", "qwen2", "gemma2", "gpt_neox"]
+    return AutoModelForCausalLM.from_config(config)
 
 
 def save_tiny(folder, architecture="llama", template=TEMPLATE):
