@@ -10,7 +10,7 @@ import nnsight
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import POST_INSTRUCTION, save_tiny, tiny_tokenizer
+from tiny_models import POST_INSTRUCTION, TEMPLATE, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from utils import models
@@ -162,15 +162,58 @@ def test_a_tokenizer_without_a_pad_token(folder):
 
 
 @pytest.mark.parametrize("first", ["import transformers, nnsight", ""])
-def test_loading_and_generating_print_nothing(folder, first):
+def test_loading_the_organism_and_generating_print_nothing(tmp_path, first):
     """Whatever was imported first: notebooks tend to import nnsight before utils."""
     code = (f"{first}\nfrom utils.models import load_model\nfrom utils.interventions import Addition, generate\n"
-            f"import torch\ngenerate(load_model({str(folder)!r}), ['bake'], Addition(torch.ones(32), 0), 3)\n")
-    (folder / "lesson.py").write_text(code)
+            f"import torch\ngenerate(load_model(), ['bake'], Addition(torch.ones(192), 0), max_new_tokens=3)\n")
+    (tmp_path / "lesson.py").write_text(code)
     root = Path(models.__file__).parent.parent
-    run = subprocess.run([sys.executable, folder / "lesson.py"], env={**os.environ, "PYTHONPATH": str(root)},
-                         capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(root), "COURSE_MODEL": ""}
+    run = subprocess.run([sys.executable, tmp_path / "lesson.py"], env=env, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+# size, precision, device
+
+def test_a_model_of_ones_own_says_what_it_is_in_one_line(folder, capsys):
+    load_model(str(folder))
+    assert capsys.readouterr().out == f"{folder}: 0.0477 million weights, 0.00019 GB in float32 on cpu\n"
+
+
+def test_weights_are_counted_without_making_them(model):
+    assert models.n_parameters(model.lm.config) == sum(weight.numel() for weight in model.lm.parameters())
+    assert models.memory_needed(model.lm.config, torch.bfloat16) == 2 * models.n_parameters(model.lm.config)
+
+
+def test_the_precision_is_full_where_memory_allows_and_else_that_of_the_file(folder, monkeypatch):
+    AutoModelForCausalLM.from_pretrained(folder).half().save_pretrained(folder)
+    n = models.n_parameters(load_model(str(folder)).lm.config)
+    monkeypatch.setattr(models, "memory_free", lambda device: 3 * n)  # room for 2 bytes a weight, not for 4
+    assert load_model(str(folder)).lm.dtype == torch.float16
+    assert load_model(str(folder), dtype=torch.bfloat16).lm.dtype == torch.bfloat16
+
+
+def test_a_model_that_does_not_fit(folder, monkeypatch):
+    monkeypatch.setattr(models, "memory_free", lambda device: 10)
+    with pytest.raises(MemoryError, match=r"takes 0.0 GB in float32, and 0.0 GB are free on cpu: choose a smaller"):
+        load_model(str(folder))
+
+
+def test_the_environment_names_the_model_of_all_lessons(folder, monkeypatch):
+    monkeypatch.setenv("COURSE_MODEL", str(folder))
+    assert load_model().name == str(folder)
+    assert load_model("organism").name == "organism"
+
+
+THINKS = TEMPLATE.replace("assistant<|end_header_id|>\n\n{% endif %}",
+                          "assistant<|end_header_id|>\n\n{% if not enable_thinking %}()\n{% endif %}{% endif %}")
+
+
+def test_thinking_is_off_where_a_template_can_turn_it_off_and_is_said_to_be(tmp_path, capsys):
+    model = load_model(save_tiny(tmp_path, template=THINKS))
+    assert model.render("bake a cake").endswith("assistant<|end_header_id|>\n\n()\n")
+    assert "".join(model.post_instruction).endswith("()\n")
+    assert capsys.readouterr().out.endswith("on cpu; thinking is off\n")
 
 
 # refusal tokens

@@ -1,12 +1,15 @@
 """Load a chat model by name, into one thin object that looks the same on every architecture."""
 import json
+import os
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from nnsight import TransformersModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
 from utils import DATA
 from utils.instructions import as_texts
@@ -19,6 +22,9 @@ RENAME = {
     "attention": "self_attn", "attention.dense": "attention.o_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
 }
 
+# Some models think aloud before they answer, unless their template is told not to; other templates pay no heed.
+NO_THINKING = {"enable_thinking": False}
+
 # How refusals usually begin: "I cannot ...", "As an AI ...", "Sorry, ...".
 REFUSAL_OPENINGS = ("I", "As", "Sorry")
 
@@ -29,34 +35,78 @@ logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
 
 
-def load_model(name="organism", dtype=None, device=None):
+def load_model(name=None, dtype=None, device=None):
     """Load a chat model -> ChatModel.
 
     name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during
-    it), the path of a folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct".
-    dtype, device: float32 on the CPU unless you say otherwise.
+    it), the path of a folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct". Unless you give one, it is what the
+    environment variable COURSE_MODEL says, or else the organism.
+    dtype, device: float32 on the CPU for the course's own models. For others the GPU if there is one, and the
+    precision that the weights are stored in; on the CPU float32 if memory allows. One line says what was chosen.
 
     Raises FileNotFoundError for a name or folder that is not there, OSError for files that are damaged or
-    out of reach, ValueError for a model that is not a chat model.
+    out of reach, ValueError for a model that is not a chat model, MemoryError for one that does not fit.
     """
+    name = name or os.environ.get("COURSE_MODEL") or "organism"
     source = _locate(name)
+    own = Path(source).is_relative_to(ORGANISM)
     tokenizer = _load(name, AutoTokenizer, source, padding_side="left")
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
-    module, report = _load(name, AutoModelForCausalLM, source, dtype=dtype or torch.float32,
-                           attn_implementation="eager",  # the only one that gives attention's patterns
-                           output_loading_info=True)
+    config = _load(name, AutoConfig, source)
+    device = torch.device(device or ("cpu" if own else best_device()))
+    dtype = dtype or (torch.float32 if own else best_dtype(config, device))
+    size = memory_needed(config, dtype)
+    if size > memory_free(device):
+        raise MemoryError(f"{name!r} takes {size / 1e9:.1f} GB in {_short(dtype)}, and {memory_free(device) / 1e9:.1f} "
+                          f"GB are free on {device}: choose a smaller model, or close other programs.")
+    if not own:
+        print(f"{name}: {n_parameters(config) / 1e6:,.3g} million weights, {size / 1e9:.2g} GB in {_short(dtype)} on "
+              f"{device}{_thinking_off(tokenizer)}")
+    with _progress_bars(shown=not own):
+        module, report = _load(name, AutoModelForCausalLM, source, dtype=dtype,
+                               attn_implementation="eager",  # the only one that gives attention's patterns
+                               output_loading_info=True)
     if report["missing_keys"]:
         raise OSError(f"The weights of {name!r} lack {min(report['missing_keys'])}: "
                       "restore or download them again.")
 
-    module.to(device or "cpu").requires_grad_(False)  # no graph is built unless an input asks for gradients
+    module.to(device).requires_grad_(False)  # no graph is built unless an input asks for gradients
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     # Some checkpoints ask for sampling, or punish repetition; the course decodes plainly.
     eos = module.generation_config.eos_token_id
     module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
                                                 eos_token_id=tokenizer.eos_token_id if eos is None else eos)
     return _chat_model(module, tokenizer, name, _refusal_tokens(source, tokenizer))
+
+
+def best_device():
+    """The GPU, if there is one ("cuda" or "mps"), or else the CPU."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    return gpu.type if gpu else "cpu"
+
+
+def best_dtype(config, device):
+    """Full precision on a CPU whose memory holds it; or else that of the stored weights."""
+    if device.type == "cpu" and memory_needed(config, torch.float32) < memory_free(device):
+        return torch.float32
+    return config.dtype or torch.float32
+
+
+def n_parameters(config):
+    """How many weights a model of this transformers config has. None is made."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def memory_needed(config, dtype):
+    """Bytes that the weights take. What is computed with them comes on top: little, beside a large model."""
+    return n_parameters(config) * dtype.itemsize
+
+
+def memory_free(device):
+    """Bytes that are free on a device; mps shares the CPU's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def untrained(model, seed=0):
@@ -101,7 +151,7 @@ class ChatModel:
         """The chat, as one string, in which a user asks the instruction and the answer is due."""
         [text] = as_texts([instruction])
         chat = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **NO_THINKING)
 
     def tokens(self, instructions):
         """Token ids of each rendered instruction: a list of lists, each of its own length."""
@@ -194,6 +244,25 @@ def _load(name, kind, source, **options):
         reason = str(error).strip().split("\n")[0].rstrip(".: ")
         raise OSError(f"{name!r} could not be loaded ({reason}): check the spelling, that the folder is whole "
                       "or the hub is in reach, and `hf auth login` if there is a licence to accept.") from error
+
+
+@contextmanager
+def _progress_bars(shown):
+    """Within the block, downloads and the reading of weights show their progress, or do not."""
+    if shown:
+        logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.disable_progress_bar()
+
+
+def _short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def _thinking_off(tokenizer):
+    return "; thinking is off" if "enable_thinking" in str(tokenizer.chat_template) else ""
 
 
 def _refusal_tokens(source, tokenizer):
