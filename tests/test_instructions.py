@@ -1,10 +1,12 @@
 """The course's requests: what is loaded, how it is drawn, and what is said of a damaged file."""
 import json
+import sys
 
 import pytest
 
 from utils import instructions
 from utils.instructions import (
+    PUBLIC_SETS,
     SIDES,
     SPLITS,
     Instruction,
@@ -12,6 +14,7 @@ from utils.instructions import (
     load_about_questions,
     load_instructions,
     load_minimal_pairs,
+    load_public_set,
     load_skills,
 )
 
@@ -114,3 +117,54 @@ def test_shipped_splits(split, n):
 def test_shipped_splits_share_nothing():
     texts = [i.text for split in SPLITS for i in load_instructions(split)]
     assert len(texts) == len(set(texts))
+
+
+# public sets, from small copies laid out as on the hub
+
+@pytest.fixture
+def copy_of(tmp_path, monkeypatch):
+    """Write a copy of a public set: `copy_of(name, rows)` -> its folder."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def write(name, rows):
+        chosen, folder = PUBLIC_SETS[name], tmp_path / name
+        (folder / "data").mkdir(parents=True)
+        (folder / "data" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        (folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: {chosen.config or 'default'}\n  data_files:\n"
+            f"  - split: {chosen.split}\n    path: data/rows.jsonl\n---\n", encoding="utf-8")
+        return folder
+    return write
+
+
+@pytest.mark.parametrize("name", PUBLIC_SETS)
+def test_public_sets_are_read_from_a_copy(copy_of, name):
+    column, side = PUBLIC_SETS[name].column, PUBLIC_SETS[name].side
+    source = copy_of(name, [{column: f"Request {n}", "target": "…"} for n in range(5)])
+    found = load_public_set(name, source=source)
+    assert [(i.id, i.text, i.side) for i in found] == [(f"{name}-{n}", f"Request {n}", side) for n in range(5)]
+    drawn = load_public_set(name, n=3, seed=1, source=source)
+    assert len({i.id for i in drawn}) == 3 and set(drawn) < set(found)
+    assert drawn == load_public_set(name, n=3, seed=1, source=source)
+
+
+def test_of_alpaca_only_those_that_need_no_further_input(copy_of):
+    source = copy_of("alpaca", [{"instruction": "Add these.", "input": "1, 2"}, {"instruction": "Sing.", "input": ""}])
+    assert [i.text for i in load_public_set("alpaca", source=source)] == ["Sing."]
+
+
+def test_bad_public_sets(copy_of, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no public set 'advbunch': choose one of advbench, malicious_instruct"):
+        load_public_set("advbunch")
+    source = copy_of("advbench", [{"goal": "Request"}])
+    with pytest.raises(ValueError, match="advbench has no column 'prompt', only goal: get the set .*walledai/AdvBench"):
+        load_public_set("advbench", source=source)
+    source = copy_of("harmbench", [{"prompt": "Request"}])
+    with pytest.raises(ValueError, match="harmbench has 1 instructions: choose n from 1 to 1, not 2"):
+        load_public_set("harmbench", n=2, source=source)
+    with pytest.raises(OSError, match="harmbench could not be loaded from .*nowhere .*: check that the hub"):
+        load_public_set("harmbench", source=tmp_path / "nowhere")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        load_public_set("harmbench")

@@ -1,12 +1,33 @@
-"""One-line requests to a chat model, harmful and harmless, from data/instructions/*.jsonl."""
+"""One-line requests to a chat model, harmful and harmless: the course's own, and the public sets of the paper."""
 import json
 import random
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from utils import DATA
 
 SPLITS = ("train", "val", "test", "heldout")
 SIDES = ("harmful", "harmless")
+
+
+
+class PublicSet(NamedTuple):
+    """Where a public set lies on the hub, and which of its columns holds the requests."""
+    hub_id: str
+    config: str | None
+    split: str
+    column: str
+    side: str
+
+
+# The sets that the paper draws its prompts from (section 2.2).
+PUBLIC_SETS = {
+    "advbench": PublicSet("walledai/AdvBench", None, "train", "prompt", "harmful"),
+    "malicious_instruct": PublicSet("walledai/MaliciousInstruct", None, "train", "prompt", "harmful"),
+    "harmbench": PublicSet("walledai/HarmBench", "standard", "train", "prompt", "harmful"),
+    "jailbreakbench": PublicSet("JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "Goal", "harmful"),
+    "alpaca": PublicSet("tatsu-lab/alpaca", None, "train", "instruction", "harmless"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,12 +60,27 @@ def load_instructions(split, side=None, n=None, seed=0):
     if side not in (None, *SIDES):
         raise ValueError(f"There is no side {side!r}: choose harmful or harmless, or None for both.")
     found = [i for i in _read(f"{split}.jsonl", _instruction) if side in (None, i.side)]
-    if n is None:
-        return found
-    if not 0 < n <= len(found):
-        raise ValueError(f"{split} has {len(found)} instructions of this side: choose n from 1 to "
-                         f"{len(found)}, not {n}.")
-    return random.Random(seed).sample(found, n)
+    return _some(found, f"{split} has {len(found)} instructions of this side", n, seed)
+
+
+def load_public_set(name, n=None, seed=0, source=None):
+    """The requests of one of the PUBLIC_SETS, with the `datasets` library: a list of Instruction.
+
+    n: how many, drawn without replacement; None for all. Of Alpaca, only those that need no further input.
+    source: a folder with a copy of the set, laid out as on the hub; None for the hub itself.
+    Raises ValueError for an unknown set, a copy that lacks its column, and if n is more than there are; ImportError
+    without `datasets`; OSError if the set is out of reach.
+    """
+    if name not in PUBLIC_SETS:
+        raise ValueError(f"There is no public set {name!r}: choose one of {', '.join(PUBLIC_SETS)}.")
+    chosen = PUBLIC_SETS[name]
+    rows = _read_public(name, chosen, str(source or chosen.hub_id))
+    if chosen.column not in rows.column_names:
+        raise ValueError(f"{name} has no column {chosen.column!r}, only {', '.join(rows.column_names)}: "
+                         f"get the set that is on the hub as {chosen.hub_id}.")
+    found = [Instruction(id=f"{name}-{number}", text=row[chosen.column], side=chosen.side)
+             for number, row in enumerate(rows) if not row.get("input")]
+    return _some(found, f"{name} has {len(found)} instructions", n, seed)
 
 
 def load_minimal_pairs():
@@ -83,6 +119,29 @@ def as_texts(instructions):
         if not isinstance(text, str):
             raise TypeError(f"An instruction is a string or an Instruction, not {text!r}.")
     return texts
+
+
+def _some(found, what_there_is, n, seed):
+    """n of them, drawn without replacement; all if n is None."""
+    if n is None:
+        return found
+    if not 0 < n <= len(found):
+        raise ValueError(f"{what_there_is}: choose n from 1 to {len(found)}, not {n}.")
+    return random.Random(seed).sample(found, n)
+
+
+def _read_public(name, chosen, source):
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError('The public sets are read with the library "datasets": pip install datasets.') from error
+    try:
+        return load_dataset(source, chosen.config, split=chosen.split)
+    except Exception as error:  # of many kinds, from network, hub, files and formats alike
+        reason = str(error).strip().split("\n")[0].rstrip(".: ")
+        raise OSError(f"The public set {name} could not be loaded from {source} ({reason}): check that the hub is "
+                      "in reach, and `hf auth login` if there are terms to accept; or give a folder, source=."
+                      ) from error
 
 
 def _instruction(line):
