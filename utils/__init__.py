@@ -8,8 +8,10 @@
     evaluation      refusal metric, judges, rates with intervals, skills, loss
     probes          linear probes, the words-only baseline, labels for controls
     directions      difference in means, candidate scores, selection
+    suffixes        the search for adversarial suffixes
     plots           the pictures
     widgets         controls to play with
+    reproduce       the whole experiment on one model, by one command
 
 Each imports only those above it. The method is that of Arditi et al., "Refusal in Language Models Is
 Mediated by a Single Direction", arXiv 2406.11717, which the docstrings call "the paper".

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from utils.activations import residual_stream
+from utils.activations import mean_residual_stream
 from utils.evaluation import kl_divergence, refusal_metric
 from utils.interventions import Ablation, Addition, every_pair, last_logits
 
@@ -156,8 +156,9 @@ def find_direction(model, harmful_train, harmless_train, harmful_val, harmless_v
                                   for prompts in (harmful_train, harmful_val))
     harmless_train, harmless_val = (_refused(model, prompts, False, batch_size)
                                     for prompts in (harmless_train, harmless_val))
-    candidates = difference_in_means(residual_stream(model, harmful_train, batch_size=batch_size),
-                                     residual_stream(model, harmless_train, batch_size=batch_size))
+    harmful, harmless = (mean_residual_stream(model, prompts, batch_size=batch_size)  # no stream is kept
+                         for prompts in (harmful_train, harmless_train))
+    candidates = harmful - harmless
     scores = score_candidates(model, candidates, harmful_val, harmless_val, batch_size, progress)
     layer, index = select_direction(scores)
     return Direction(candidates[layer, index], layer, model.positions[index]), scores

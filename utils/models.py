@@ -49,7 +49,7 @@ def load_model(name=None, dtype=None, device=None):
     """
     name = name or os.environ.get("COURSE_MODEL") or "organism"
     source = _locate(name)
-    own = Path(source).is_relative_to(ORGANISM)
+    own = is_own(name)
     tokenizer = _load(name, AutoTokenizer, source, padding_side="left")
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
@@ -78,6 +78,11 @@ def load_model(name=None, dtype=None, device=None):
     module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
                                                 eos_token_id=tokenizer.eos_token_id if eos is None else eos)
     return _chat_model(module, tokenizer, name, _refusal_tokens(source, tokenizer))
+
+
+def is_own(name):
+    """Is this the name of one of the course's own models?"""
+    return name in ("organism", "helpful_only") or name.startswith("tuning/")
 
 
 def best_device():
@@ -220,7 +225,7 @@ def _locate(name):
     folder = Path(name).expanduser()
     if name == "organism":
         folder = ORGANISM / "chat"
-    elif name == "helpful_only" or name.startswith("tuning/"):
+    elif is_own(name):
         folder = ORGANISM / name
     elif not folder.is_dir() and name.count("/") == 1 and name[0] not in "./~":
         return name

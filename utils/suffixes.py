@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from utils import DATA, world
 from utils.instructions import as_texts
-from utils.models import shared_tail
+from utils.models import is_own, shared_tail
 
 
 def target_loss(logits, targets):
@@ -111,7 +111,7 @@ class SuffixSearch:
 
     def __init__(self, model, instructions, targets, n_tokens=12, n_candidates=64, n_top=32, seed=0, file=None,
                  penalty=None, any_model=False):
-        if not (any_model or model.name in ("organism", "helpful_only") or model.name.startswith("tuning/")):
+        if not (any_model or is_own(model.name)):
             raise ValueError(f"The search is for the course's own models, and {model.name!r} is none. A suffix for a "
                              "model that people use does harm: say any_model=True only if you may attack it, and "
                              "publish none.")
