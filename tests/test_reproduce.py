@@ -75,12 +75,10 @@ def test_interrupted_anywhere_and_run_again_it_gives_the_same_numbers(planted, i
     assert results == whole
     assert interrupts == len(list((tmp_path / "whole").glob("*.json"))) - 1
 
-
-def test_what_is_done_is_not_done_again(planted, its_prompts, tmp_path, monkeypatch):
-    results = reproduce.reproduce(planted, tmp_path, n=2)
-    for step in ("direction_of", "answers", "own_losses"):
+    for step in ("direction_of", "answers", "own_losses"):  # what is done is not done again
         monkeypatch.setattr(reproduce, step, None)
-    assert reproduce.reproduce(planted, tmp_path, n=2) == results
+    left[0] = 1
+    assert reproduce.reproduce(planted, tmp_path / "cut", n=2) == whole
 
 
 def test_the_organism_by_the_command(tmp_path, capsys):
