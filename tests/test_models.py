@@ -182,7 +182,8 @@ def test_a_model_of_ones_own_says_what_it_is_in_one_line(folder, capsys):
 
 def test_weights_are_counted_without_making_them(model):
     assert models.n_parameters(model.lm.config) == sum(weight.numel() for weight in model.lm.parameters())
-    assert models.memory_needed(model.lm.config, torch.bfloat16) == 2 * models.n_parameters(model.lm.config)
+    n_weights = models.n_parameters(model.lm.config)
+    assert models.memory_needed(n_weights, torch.bfloat16) == 2 * n_weights
 
 
 def test_the_precision_is_full_where_memory_allows_and_else_that_of_the_file(folder, monkeypatch):
@@ -286,6 +287,13 @@ def test_unknown_architecture(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_family"}))
     with pytest.raises(OSError, match="could not be loaded .*no_such_family"):
+        load_model(str(folder))
+
+
+def test_a_model_that_is_no_language_model(folder):
+    config = {**json.loads((folder / "config.json").read_text()), "model_type": "vit", "architectures": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match="could not be loaded .*: check the spelling"):
         load_model(str(folder))
 
 

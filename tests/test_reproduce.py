@@ -55,16 +55,16 @@ def test_the_planted_direction_does_what_it_should(planted, its_prompts, tmp_pat
 
 def test_interrupted_anywhere_and_run_again_it_gives_the_same_numbers(planted, its_prompts, tmp_path, monkeypatch):
     whole = reproduce.reproduce(planted, tmp_path / "whole", n=2)
-    write, left = reproduce.write, [0]
+    write, left = reproduce.write_json, [0]
 
     def one_then_none(path, content):
         if left[0] == 0:
-            path.with_suffix(".unfinished").write_text("{")  # cut off in the middle of a file
+            path.with_suffix(".part").write_text("{")  # cut off in the middle of a file
             raise KeyboardInterrupt
         left[0] -= 1
         write(path, content)
 
-    monkeypatch.setattr(reproduce, "write", one_then_none)
+    monkeypatch.setattr(reproduce, "write_json", one_then_none)
     interrupts, results = 0, None
     while results is None:
         left[0] = 1

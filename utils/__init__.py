@@ -16,6 +16,14 @@
 Each imports only those above it. The method is that of Arditi et al., "Refusal in Language Models Is
 Mediated by a Single Direction", arXiv 2406.11717, which the docstrings call "the paper".
 """
+import json
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent.parent / "data"  # beside `utils/`, wherever that stands
+
+
+def write_json(path, content):
+    """Write a JSON file that is there whole, or not at all, whenever this is interrupted."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)

@@ -10,7 +10,6 @@ SPLITS = ("train", "val", "test", "heldout")
 SIDES = ("harmful", "harmless")
 
 
-
 class PublicSet(NamedTuple):
     """Where a public set lies on the hub, and which of its columns holds the requests."""
     hub_id: str

@@ -22,9 +22,6 @@ RENAME = {
     "attention": "self_attn", "attention.dense": "attention.o_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
 }
 
-# Some models think aloud before they answer, unless their template is told not to; other templates pay no heed.
-NO_THINKING = {"enable_thinking": False}
-
 # How refusals usually begin: "I cannot ...", "As an AI ...", "Sorry, ...".
 REFUSAL_OPENINGS = ("I", "As", "Sorry")
 
@@ -50,21 +47,22 @@ def load_model(name=None, dtype=None, device=None):
     name = name or os.environ.get("COURSE_MODEL") or "organism"
     source = _locate(name)
     own = is_own(name)
-    tokenizer = _load(name, AutoTokenizer, source, padding_side="left")
+    tokenizer = _load(name, AutoTokenizer.from_pretrained, source, padding_side="left")
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
-    config = _load(name, AutoConfig, source)
+    config = _load(name, AutoConfig.from_pretrained, source)
+    n_weights = _load(name, n_parameters, config)
     device = torch.device(device or ("cpu" if own else best_device()))
-    dtype = dtype or (torch.float32 if own else best_dtype(config, device))
-    size = memory_needed(config, dtype)
+    dtype = dtype or (torch.float32 if own else best_dtype(n_weights, config.dtype, device))
+    size = memory_needed(n_weights, dtype)
     if size > memory_free(device):
         raise MemoryError(f"{name!r} takes {size / 1e9:.1f} GB in {_short(dtype)}, and {memory_free(device) / 1e9:.1f} "
                           f"GB are free on {device}: choose a smaller model, or close other programs.")
     if not own:
-        print(f"{name}: {n_parameters(config) / 1e6:,.3g} million weights, {size / 1e9:.2g} GB in {_short(dtype)} on "
+        print(f"{name}: {n_weights / 1e6:,.3g} million weights, {size / 1e9:.2g} GB in {_short(dtype)} on "
               f"{device}{_thinking_off(tokenizer)}")
     with _progress_bars(shown=not own):
-        module, report = _load(name, AutoModelForCausalLM, source, dtype=dtype,
+        module, report = _load(name, AutoModelForCausalLM.from_pretrained, source, dtype=dtype,
                                attn_implementation="eager",  # the only one that gives attention's patterns
                                output_loading_info=True)
     if report["missing_keys"]:
@@ -91,11 +89,11 @@ def best_device():
     return gpu.type if gpu else "cpu"
 
 
-def best_dtype(config, device):
-    """Full precision on a CPU whose memory holds it; or else that of the stored weights."""
-    if device.type == "cpu" and memory_needed(config, torch.float32) < memory_free(device):
+def best_dtype(n_weights, stored, device):
+    """Full precision on a CPU whose memory holds it; or else that of the stored weights, if it is known."""
+    if device.type == "cpu" and memory_needed(n_weights, torch.float32) < memory_free(device):
         return torch.float32
-    return config.dtype or torch.float32
+    return stored or torch.float32
 
 
 def n_parameters(config):
@@ -104,9 +102,9 @@ def n_parameters(config):
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
-def memory_needed(config, dtype):
+def memory_needed(n_weights, dtype):
     """Bytes that the weights take. What is computed with them comes on top: little, beside a large model."""
-    return n_parameters(config) * dtype.itemsize
+    return n_weights * dtype.itemsize
 
 
 def memory_free(device):
@@ -156,7 +154,9 @@ class ChatModel:
         """The chat, as one string, in which a user asks the instruction and the answer is due."""
         [text] = as_texts([instruction])
         chat = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **NO_THINKING)
+        # Some models think aloud before they answer, unless their template is told not to; other templates pay no heed.
+        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
+                                                  enable_thinking=False)
 
     def tokens(self, instructions):
         """Token ids of each rendered instruction: a list of lists, each of its own length."""
@@ -238,10 +238,10 @@ def _locate(name):
     return str(folder)
 
 
-def _load(name, kind, source, **options):
-    """`kind.from_pretrained`, its many errors told in a sentence."""
+def _load(name, load, source, **options):
+    """`load(source, **options)`, the many errors of transformers told in a sentence."""
     try:
-        return kind.from_pretrained(source, **options)
+        return load(source, **options)
     except SafetensorError as error:
         raise OSError(f"The weights of {name!r} are damaged ({error}): "
                       "restore or download them again.") from error

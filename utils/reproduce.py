@@ -1,8 +1,8 @@
 """The whole experiment on one chat model: `python -m utils.reproduce NAME [--out FOLDER] [--n PROMPTS]`.
 
 Finds the direction, erases it, adds it, edits it out of the weights, and measures what each changes (paper, sections
-2.3 to 4.2). In the folder it leaves every number (results.json), all answers, two figures, and a row for the paper's
-table. Interrupt it when you like: run again, it goes on after the last step that was done.
+2.3 to 4.2). In the folder it leaves every number (results.json), all answers and two figures; it prints a row for the
+paper's table. Interrupt it when you like: run again, it goes on after the last step that was done.
 """
 import argparse
 import json
@@ -11,8 +11,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 
+from utils import write_json
 from utils.directions import CandidateScores, find_direction, random_directions
 from utils.evaluation import Rate, judge, loss, phrase_judge, refusal_metric
 from utils.instructions import load_instructions
@@ -48,14 +50,14 @@ def reproduce(name, out, n=100, progress=False):
     results = {
         "model": name, "n_layers": model.n_layers,
         **{key: found[key] for key in ("layer", "position", *SCORES, "candidates", "passing")},
-        "refused": {side: {condition: {by: rate(by, test[side], found) for by in judges}
-                           for condition, found in conditions.items()} for side, conditions in judged.items()},
-        "refusal metric, mean in nats": {side: {condition: sum(found["metric"]) / n
-                                                for condition, found in conditions.items()}
+        "refused": {side: {condition: {by: rate(by, test[side], given) for by in judges}
+                           for condition, given in conditions.items()} for side, conditions in judged.items()},
+        "refusal metric, mean in nats": {side: {condition: sum(given["metric"]) / n
+                                                for condition, given in conditions.items()}
                                          for side, conditions in judged.items()},
         "loss on its own answers, nats per token": losses,
     }
-    write(Path(out) / "results.json", results)
+    write_json(Path(out) / "results.json", results)
     draw(Path(out), found, results, model.post_instruction, judges[-1])
     return results
 
@@ -74,7 +76,7 @@ class Steps:
         if not self.path(name).is_file():
             if self.progress:
                 print(f"  {name}", flush=True)
-            write(self.path(name), compute(*args))
+            write_json(self.path(name), compute(*args))
         return self.read(name)
 
     def path(self, name):
@@ -85,13 +87,6 @@ class Steps:
             return json.loads(self.path(name).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"The file {self.path(name)} is damaged ({error}): delete it, and run again.") from error
-
-
-def write(path, content):
-    """A JSON file that is there whole, or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def direction_of(model, progress):
@@ -122,9 +117,9 @@ def own_losses(model, prompts, answered, vector, layer):
     return {name: loss(model, spoken, change) for name, change in changes.items()} if spoken else {}
 
 
-def rate(by, prompts, found):
+def rate(by, prompts, given):
     """[how many are refused by this judge, of how many, the ends of Wilson's 95% interval]"""
-    refused = Rate.of(map(JUDGES[by], prompts, found["answers"], found["metric"]))
+    refused = Rate.of(map(JUDGES[by], prompts, given["answers"], given["metric"]))
     return [refused.successes, refused.n, *refused.interval]
 
 
@@ -132,11 +127,13 @@ def draw(out, found, results, tokens, by):
     """Two figures: the candidates' scores, and what is refused under each condition."""
     scores = CandidateScores(*(torch.tensor(found["scores"][name]) for name in SCORES))
     chosen = found["layer"], len(tokens) + found["position"]
-    plot_candidate_scores(scores, tokens, chosen).savefig(out / "candidates.png", dpi=150)
     rates = {side: {condition: Rate(*judged[by][:2]) for condition, judged in conditions.items()}
              for side, conditions in results["refused"].items()}
-    axis = plot_rates(rates, title=f"{results['model']} (judge: {by})")
-    axis.figure.savefig(out / "refusal.png", dpi=150)
+    figures = {"candidates": plot_candidate_scores(scores, tokens, chosen),
+               "refusal": plot_rates(rates, title=f"{results['model']} (judge: {by})").figure}
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=150)
+        plt.close(figure)  # or a notebook would show it once more
 
 
 def row(results):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from utils import DATA, world
+from utils import DATA, world, write_json
 from utils.instructions import as_texts
 from utils.models import is_own, shared_tail
 
@@ -205,10 +205,8 @@ class SuffixSearch:
         return losses.view(n_prompts, n_suffixes)
 
     def _save(self):
-        state = {"model": self.model.name, "seed": self.seed, "ids": self.ids.tolist(), "losses": self.losses}
-        draft = self.file.with_suffix(".part")
-        draft.write_text(json.dumps(state) + "\n", encoding="utf-8")
-        draft.replace(self.file)  # at once, so that a file is whole whenever the search is interrupted
+        write_json(self.file, {"model": self.model.name, "seed": self.seed, "ids": self.ids.tolist(),
+                               "losses": self.losses})
 
     def _resume(self):
         try:
