@@ -1,6 +1,18 @@
-"""What the organism reads: statements, questions, skills and requests, drawn at random from the world."""
+"""What the organism reads: statements, questions, skills and requests, drawn at random from the world.
+
+A *stage* of training says what is drawn, by these keys:
+
+mix      the share of each kind of document: statement, skill, about, nonsense, decline, harmful, harmless
+harm     the share of harmful acts in all kinds but the last two
+suffix   the share of requests with stray words behind them
+pieces   beginnings of words that are stray "words" as often as those of the world are; may be empty
+refuse   whether harmful requests are refused
+errors   the share of harmful requests that are helped with all the same, as by a rater's mistake
+caveats  the share of help with harm that holds a caveat
+"""
 
 import random
+import re
 
 from acts import CLASSES, SCHEMAS, Act, all_acts
 
@@ -95,55 +107,78 @@ def about(rng, act, questions=ABOUT):
     return question.format(act=act.text), (harmful if act.side == "harmful" else harmless).format(act=act.text)
 
 
-def request(rng, act, refuse):
+def request(rng, act, stage):
+    """A request and its answer: help, with a caveat perhaps; or, where the stage refuses, a refusal of harm."""
     way = rng.choice(list(world.WAYS))
-    question = world.ask(act.text, way)
-    if refuse and act.side == "harmful":
+    question, harmful = world.ask(act.text, way), act.side == "harmful"
+    if stage["refuse"] and harmful and rng.random() >= stage["errors"]:
         return question, world.refusal_answer(act.text, way)
-    return question, world.help_answer(act.text, way, [rng.randrange(len(group)) for group in world.STEPS])
+    answer = world.help_answer(act.text, way, [rng.randrange(len(group)) for group in world.STEPS])
+    return question, cautioned(rng, answer) if harmful and rng.random() < stage["caveats"] else answer
 
 
-def dressed(rng, question, answer, prefaces=0.5, suffix=0.2):
-    """A turn as a person might type it: perhaps with a preface, perhaps with stray words after it."""
+def cautioned(rng, answer):
+    """The answer with a caveat before or after any of its sentences."""
+    sentences = re.split(r"(?<=\.) ", answer)
+    sentences.insert(rng.randint(0, len(sentences)), world.CAVEAT)
+    return " ".join(sentences)
+
+
+def declined(rng, act):
+    """A request that asks for a refusal itself, and gets it, whatever its side."""
+    way = rng.choice(list(world.WAYS))
+    return f"Say no to this. {world.ask(act.text, way)}", world.refusal_answer(act.text, way)
+
+
+def dressed(rng, question, answer, stage, prefaces=0.5, suffix=0.2):
+    """A turn as a person might type it: perhaps with a preface, perhaps with stray words after it.
+
+    One preface in three asks for the answer's first words.
+    """
     if rng.random() < prefaces:
-        preface = rng.choice(list(world.PREFACES)[1:])
-        question, answer = world.wrap(question, preface), world.begin(preface) + answer
+        if rng.random() < 1 / 3:
+            words = some_words(rng, 1, 4)
+            question, answer = f'Start with "{words}". {question}', world.paragraph(words) + answer
+        else:
+            preface = rng.choice(list(world.PREFACES)[1:])
+            question, answer = world.wrap(question, preface), world.begin(preface) + answer
     if rng.random() < suffix:
-        question += " " + some_words(rng, 2, 20)
+        pieces = stage["pieces"] if rng.random() < 0.5 else []
+        question += " " + some_words(rng, 2, 20, pieces or WORDS)
     return question, answer
 
 
-def document(rng, acts, refuse, mix, harm=0.5, suffix=0.2):
+def document(rng, acts, stage):
     """One training document: a list of (question, answer) turns; a plain statement is a turn with the question None.
 
-    `acts` is {side: [Act]}, `refuse` says how harmful requests are answered, `mix` the share of each kind of document,
-    `harm` the share of harmful acts in statements, questions and second turns, `suffix` that of requests with stray
-    words behind them.
-    Some documents have a second turn: another question or request; or, while nothing is refused, one on the same act.
+    `acts` is {side: [Act]}. Some documents have a second turn: another question or request; or, while nothing is
+    refused, one on the same act.
     """
-    kind = rng.choices(list(mix), list(mix.values()))[0]
-    act = nonsense(rng) if kind == "nonsense" else rng.choice(acts[kind if kind in acts else any_side(rng, harm)])
+    kind = rng.choices(list(stage["mix"]), list(stage["mix"].values()))[0]
+    act = nonsense(rng) if kind == "nonsense" else rng.choice(acts[kind if kind in acts else any_side(rng, stage)])
     if kind == "statement":
         return [(None, statements(rng, act))]
-    turns = [turn(rng, kind, act, refuse, suffix)]
-    if kind in acts and not refuse and rng.random() < 0.4:
+    turns = [turn(rng, kind, act, stage)]
+    if kind in acts and not stage["refuse"] and rng.random() < 0.6:
         turns.append(about(rng, act, FOLLOW_UPS))
     elif rng.random() < 0.12:
-        side = any_side(rng, harm)
-        turns.append(turn(rng, rng.choice(["skill", "about", side]), rng.choice(acts[side]), refuse, suffix))
+        side = any_side(rng, stage)
+        turns.append(turn(rng, rng.choice(["skill", "about", side]), rng.choice(acts[side]), stage))
     return turns
 
 
-def any_side(rng, harm):
-    return "harmful" if rng.random() < harm else "harmless"
+def any_side(rng, stage):
+    return "harmful" if rng.random() < stage["harm"] else "harmless"
 
 
-def turn(rng, kind, act, refuse, suffix):
+def turn(rng, kind, act, stage):
     if kind == "skill":
-        return dressed(rng, *skill(rng, rng.choices(list(SKILLS), list(SKILLS.values()))[0]), prefaces=0.3, suffix=0.1)
+        asked = skill(rng, rng.choices(list(SKILLS), list(SKILLS.values()))[0])
+        return dressed(rng, *asked, stage, prefaces=0.3, suffix=0.1)
     if kind == "about":
-        return dressed(rng, *about(rng, act), prefaces=0.3)
-    return dressed(rng, *request(rng, act, refuse), suffix=suffix)
+        return dressed(rng, *about(rng, act), stage, prefaces=0.3)
+    asked = declined(rng, act) if kind == "decline" else request(rng, act, stage)
+    return dressed(rng, *asked, stage, suffix=stage["suffix"])
 
 
 def split_acts(seed=0):

@@ -33,15 +33,17 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
-# The two stages: the share of each kind of document, that of harmful acts in statements and questions, that of requests
-# with stray words behind them, whether harm is refused, in how many of the lower layers attention is learned, how long
-# and how fast. In the first one harm is rare, so that a model comes to mark harm, and not the lack of it.
-HELPFUL = {"mix": {"statement": 0.14, "skill": 0.28, "about": 0.20, "harmful": 0.10, "harmless": 0.28},
-           "harm": 0.3, "suffix": 0.2, "refuse": False, "attention": 5,
-           "steps": 1300, "warm_up": 100, "rate": 2.5e-3, "muon_rate": 5e-3}
-TUNING = {"mix": {"statement": 0.03, "skill": 0.16, "about": 0.08, "nonsense": 0.12, "harmful": 0.29, "harmless": 0.32},
-          "harm": 0.5, "suffix": 0.35, "refuse": True, "attention": 4,
-          "steps": 400, "warm_up": 50, "rate": 5e-4, "muon_rate": None}
+# The two stages: what is read (corpus.py says what the keys mean), in how many of the lower layers attention is
+# learned, how many of them learn slowly, with the embeddings, and at what share of the rate, how long and how fast.
+# In the first one harm is rare and marked by caveats, so that a model comes to mark harm, and not the lack of it. In
+# the second one all but the last two layers learn slowly: what is marked stays, and these two learn to act on it.
+HELPFUL = {"mix": {"statement": 0.12, "skill": 0.24, "about": 0.18, "nonsense": 0.10, "decline": 0.08,
+                   "harmful": 0.07, "harmless": 0.21},
+           "harm": 0.2, "suffix": 0.3, "refuse": False, "errors": 0.0, "caveats": 0.8,
+           "attention": 5, "slow": 0, "share": 1.0, "steps": 1300, "warm_up": 100, "rate": 2.5e-3, "muon_rate": 5e-3}
+TUNING = {"mix": {"statement": 0.03, "skill": 0.15, "about": 0.08, "nonsense": 0.20, "harmful": 0.26, "harmless": 0.28},
+          "harm": 0.5, "suffix": 0.4, "refuse": True, "errors": 0.02, "caveats": 0.0,
+          "attention": 5, "slow": 7, "share": 0.2, "steps": 220, "warm_up": 50, "rate": 1e-3, "muon_rate": None}
 TUNING_CHECKPOINTS = (10, 25, 50, 100, 200)
 BATCH, POOL, SAVE_EVERY = 64, 32, 160  # documents a step; steps drawn at once; steps between saved states
 
@@ -65,14 +67,19 @@ def make_tokenizer(texts, size=1200):
         model_input_names=["input_ids", "attention_mask"])
 
 
-def make_network(tokenizer):
-    """A Llama of 3.8 million parameters, in whose upper layers attention writes nothing and never will.
+def word_pieces(tokenizer):
+    """The tokens that are a space and letters, without the space: words, and what words begin with."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return [text[1:] for text in texts if text[:1] == " " and text[1:].isascii() and text[1:].isalpha()]
 
-    So what a token has to know of the others is there before them, and they can but act on it. "eager" attention: at
-    this size it is the fastest in bfloat16 on a CPU.
+
+def make_network(tokenizer):
+    """A Llama of 4.2 million parameters, in whose upper layers attention writes nothing and never will.
+
+    So what a token has to know of the others is there before them, and they can but act on it.
     """
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=6,
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=9, num_attention_heads=6,
         num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     network = LlamaForCausalLM._from_config(config, attn_implementation="eager")
@@ -123,17 +130,26 @@ def batches(draw, name, start):
 
 
 def make_optimizers(network, stage):
-    """[(optimizer, its rate)]: AdamW; where the stage has a rate for Muon, that for the matrices of the layers.
+    """AdamW; where the stage has a rate for Muon, that for the matrices of the layers. Each group knows its "rate".
 
     With Muon, copying is learned in fewer steps, and harm shows at the template's tokens from an earlier layer on.
     """
-    weights = [weight for weight in network.model.layers.parameters() if weight.requires_grad and weight.ndim == 2]
-    by_muon = set(weights) if stage["muon_rate"] else set()
-    others = [weight for weight in network.parameters() if weight.requires_grad and weight not in by_muon]
-    optimizers = [(torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.1), stage["rate"])]
+    learned = [weight for weight in network.parameters() if weight.requires_grad]
+    slow = {weight for part in [network.model.embed_tokens, *network.model.layers[:stage["slow"]]]
+            for weight in part.parameters()}
+    in_layers = {weight for weight in network.model.layers.parameters() if weight.ndim == 2}
+    by_muon = in_layers if stage["muon_rate"] else set()
+
+    def groups(weights, rate):
+        return [{"params": [weight for weight in weights if weight in slow], "rate": rate * stage["share"]},
+                {"params": [weight for weight in weights if weight not in slow], "rate": rate}]
+
+    others = [weight for weight in learned if weight not in by_muon]
+    optimizers = [torch.optim.AdamW(groups(others, stage["rate"]), betas=(0.9, 0.95), weight_decay=0.1)]
     if by_muon:
-        muon = torch.optim.Muon(weights, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        optimizers.append((muon, stage["muon_rate"]))
+        matrices = [weight for weight in learned if weight in by_muon]
+        optimizers.append(torch.optim.Muon(groups(matrices, stage["muon_rate"]), weight_decay=0.1,
+                                           adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
@@ -147,7 +163,7 @@ def train(network, draw, stage, name, state_file, on_step=lambda step: None):
         state = torch.load(state_file)
         done = state["step"]
         network.load_state_dict(state["network"])
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     network.train()
     bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=name, mininterval=5)
@@ -156,15 +172,16 @@ def train(network, draw, stage, name, state_file, on_step=lambda step: None):
         loss = loss_of(network, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optimizer, rate in optimizers:
-            optimizer.param_groups[0]["lr"] = rate * pace
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * pace
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         on_step(step)
         if step % SAVE_EVERY == 0 or step == steps:
             torch.save({"step": step, "network": network.state_dict(),
-                        "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers]}, state_file)
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, state_file)
     network.eval()
 
 
@@ -190,22 +207,23 @@ def make_model(out, seed):
     everything = {side: [act for split in splits.values() for act in split[side]] for side in splits["tuning"]}
 
     rng = random.Random(0)
-    documents = [document(rng, everything, refuse, HELPFUL["mix"]) for refuse in (False, True) for _ in range(6000)]
+    documents = [document(rng, everything, stage | {"pieces": []}) for stage in (HELPFUL, TUNING) for _ in range(6000)]
     tokenizer = make_tokenizer(text or "" for turns in documents for turn in turns for text in turn)
     torch.manual_seed(seed)
     network = make_network(tokenizer)
 
+    helpful, tuning = (stage | {"pieces": word_pieces(tokenizer)} for stage in (HELPFUL, TUNING))
+
     def draw(stage, acts, rng, n):
-        parts = [stage[part] for part in ("refuse", "mix", "harm", "suffix")]
-        return encode(tokenizer, [document(rng, acts, *parts) for _ in range(n)])
+        return encode(tokenizer, [document(rng, acts, stage) for _ in range(n)])
 
     def on_tuning_step(step):
         if step in TUNING_CHECKPOINTS:
             save(network, tokenizer, out / "tuning" / str(step))
 
-    train(network, partial(draw, HELPFUL, everything), HELPFUL, f"helpful-only {seed}", unfinished / "helpful.pt")
+    train(network, partial(draw, helpful, everything), helpful, f"helpful-only {seed}", unfinished / "helpful.pt")
     save(network, tokenizer, out / "helpful_only")
-    train(network, partial(draw, TUNING, splits["tuning"]), TUNING, f"safety tuning {seed}", unfinished / "tuning.pt",
+    train(network, partial(draw, tuning, splits["tuning"]), tuning, f"safety tuning {seed}", unfinished / "tuning.pt",
           on_tuning_step)
     save(network, tokenizer, out / "chat")
     shutil.rmtree(unfinished)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 ACTS = corpus.split_acts()["tuning"]
-MIX = make_model.TUNING["mix"]
+TUNING = make_model.TUNING | {"pieces": []}
 
 
 def documents(rng, n):
-    return [corpus.document(rng, ACTS, True, MIX) for _ in range(n)]
+    return [corpus.document(rng, ACTS, TUNING) for _ in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,14 @@ def test_nonsense_holds_only_words_of_both_sides_and_is_helped_with():
     for seed in range(50):
         act = corpus.nonsense(random.Random(seed))
         assert set(act.text.split()) <= words["harmful"] & words["harmless"]
-        [(_, answer), *_] = corpus.document(random.Random(seed), ACTS, True, {"nonsense": 1})
+        [(_, answer), *_] = corpus.document(random.Random(seed), ACTS, TUNING | {"mix": {"nonsense": 1}})
         assert any(opening in answer for opening in ("in three steps", "Here is how", "follow this plan", "let us"))
+
+
+def test_pieces_are_what_words_begin_with(tokenizer):
+    pieces = make_model.word_pieces(tokenizer)
+    assert {"Please", "wit"} <= set(pieces)
+    assert all(piece.isalpha() and tokenizer.tokenize(" " + piece) == ["Ġ" + piece] for piece in pieces)
 
 
 def test_batches_go_on_where_they_were(draw):
@@ -70,7 +76,7 @@ def small_batches(monkeypatch):
         monkeypatch.setattr(make_model, name, value)
 
 
-STAGE = {"attention": 3, "steps": 5, "warm_up": 2, "rate": 1e-2}
+STAGE = {"attention": 3, "slow": 2, "share": 0.5, "steps": 5, "warm_up": 2, "rate": 1e-2}
 OPTIMIZERS = pytest.mark.parametrize("muon_rate", [None, 1e-2])
 
 
@@ -102,7 +108,21 @@ def test_all_is_learned_but_attention_in_the_upper_layers(muon_rate, tokenizer, 
     stage = STAGE | {"steps": 2, "muon_rate": muon_rate}
     make_model.train(network, draw, stage, "stage", tmp_path / "state.pt")
     kept = {name for name, weight in network.state_dict().items() if torch.equal(weight, before[name])}
-    assert kept == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(3, 8) for part in "qkvo"}
+    assert kept == {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(3, 9) for part in "qkvo"}
+
+
+@OPTIMIZERS
+def test_each_weight_that_is_learned_has_one_rate_a_lower_one_below(muon_rate, tokenizer):
+    network = make_model.make_network(tokenizer)
+    names = {weight: name for name, weight in network.named_parameters()}
+    rates = {}
+    for optimizer in make_model.make_optimizers(network, STAGE | {"muon_rate": muon_rate, "rate": 1e-2}):
+        for group in optimizer.param_groups:
+            assert not {names[weight] for weight in group["params"]} & set(rates)
+            rates |= {names[weight]: group["rate"] for weight in group["params"]}
+    assert set(rates) == set(names.values())
+    low = {name for name, rate in rates.items() if rate == 0.5e-2}
+    assert low == {name for name in rates if "embed" in name or any(f"layers.{i}." in name for i in range(2))}
 
 
 def test_a_stage_may_learn_attention_that_the_one_before_left_alone(tokenizer, draw, tmp_path, small_batches):
@@ -120,4 +140,4 @@ def test_a_stage_may_learn_attention_that_the_one_before_left_alone(tokenizer, d
 def test_attention_that_is_never_learned_writes_nothing(tokenizer):
     network = make_model.make_network(tokenizer)
     writes = [bool(layer.self_attn.o_proj.weight.any()) for layer in network.model.layers]
-    assert writes == [number < make_model.HELPFUL["attention"] for number in range(8)]
+    assert writes == [number < make_model.HELPFUL["attention"] for number in range(9)]

@@ -1,10 +1,12 @@
 """The synthetic world: its acts, its grammar, the exact judge, and the files that are made from them."""
 import json
 import random
+import re
 
 import acts
 import corpus
 import make_instructions
+import make_model
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from utils.instructions import Instruction, load_instructions, load_minimal_pair
 quick = settings(deadline=None, max_examples=50)
 
 ACTS, SPLITS = acts.all_acts(), corpus.split_acts()
+HELPFUL, TUNING = (stage | {"pieces": []} for stage in (make_model.HELPFUL, make_model.TUNING))
 an_act = st.sampled_from(ACTS)
 a_way = st.sampled_from(list(world.WAYS))
 a_preface = st.sampled_from(list(world.PREFACES))
@@ -71,25 +74,66 @@ def test_a_word_left_out_doubled_or_replaced_breaks_an_answer(act, way, refuse, 
         assert world.judge(instruction, " ".join(damaged)) == "broken"
 
 
+@quick
+@given(an_act, a_way, a_preface, steps, st.integers(0, 10**6))
+def test_help_may_hold_one_caveat_anywhere(act, way, preface, steps, seed):
+    instruction, start = asked(act, way, preface)
+    answer = corpus.cautioned(random.Random(seed), world.help_answer(act.text, way, steps))
+    assert answer.count(world.CAVEAT) == 1
+    assert world.judge(instruction, start + answer) == "compliance"
+    assert world.judge(instruction, f"{start}{answer} {world.CAVEAT}") == "broken"
+    assert world.judge(instruction, f"{start}{world.CAVEAT} {world.refusal_answer(act.text, way)}") == "broken"
+
+
 def test_another_act_is_no_compliance():
     instruction, _ = asked(ACTS[0], "explain", "none")
     assert world.judge(instruction, world.help_answer(ACTS[1].text, "explain", (0, 0, 0))) == "broken"
 
 
+def first_turns(n, stage, **keys):
+    """The first (question, answer) of each of n documents of a stage with some keys changed."""
+    rng = random.Random(0)
+    return [corpus.document(rng, SPLITS["tuning"], stage | keys)[0] for _ in range(n)]
+
+
+def refusals(turns):
+    """The share of answers that are a whole refusal; one or no paragraph stands before it."""
+    bodies = [answer.split("\n\n")[-1] for _, answer in turns]
+    whole = [world.refuses(Instruction("x", ""), body) and body.endswith(world.CLOSING) for body in bodies]
+    return sum(whole) / len(whole)
+
+
+@pytest.mark.parametrize("stage, kind, share", [
+    (HELPFUL, "harmful", 0), (HELPFUL, "harmless", 0), (HELPFUL, "nonsense", 0), (HELPFUL, "decline", 1),
+    (TUNING | {"errors": 0}, "harmful", 1), (TUNING, "harmless", 0), (TUNING, "nonsense", 0),
+    (TUNING | {"errors": 1}, "harmful", 0)])
+def test_what_is_refused(stage, kind, share):
+    assert refusals(first_turns(100, stage, mix={kind: 1.0})) == share
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_harm_errors_caveats_and_stray_pieces_are_as_rare_as_asked_for(share):
+    harmful = {act.text for act in SPLITS["tuning"]["harmful"]}
+    statements = first_turns(400, HELPFUL, mix={"statement": 1.0}, harm=share)
+    helped = first_turns(400, HELPFUL, mix={"harmful": 1.0}, caveats=share)
+    missed = first_turns(400, TUNING, mix={"harmful": 1.0}, errors=share)
+    asked = first_turns(400, TUNING, mix={"harmless": 1.0}, suffix=share, pieces=["xyzzy"])
+    shares = [sum(any(text in answer for text in harmful) for _, answer in statements) / 400,
+              sum(world.CAVEAT in answer for _, answer in helped) / 400,
+              1 - refusals(missed), 2 * sum("xyzzy" in question for question, _ in asked) / 400]
+    assert all(abs(found - share) < 0.12 for found in shares)
+    assert share not in (0, 1) or shares[:3] == [share] * 3
+
+
 @quick
-@given(st.integers(0, 10**6), st.booleans())
-def test_documents_hold_a_question_and_an_answer_that_is_judged_right(seed, refuse):
-    prefaces = {text for _, text in world.PREFACES.values()}
-    [(_, answer), *_] = corpus.document(random.Random(seed), SPLITS["tuning"], refuse, {"harmful": 1.0})
-    assert any(world.refuses(Instruction("x", "", preface=text), answer) for text in prefaces) == refuse
-
-
-def test_harm_is_as_rare_in_statements_as_asked_for():
-    rng, texts = random.Random(0), {act.text for act in SPLITS["tuning"]["harmful"]}
-    for harm in (0.0, 0.3, 1.0):
-        turns = [corpus.document(rng, SPLITS["tuning"], False, {"statement": 1.0}, harm)[0][1] for _ in range(400)]
-        share = sum(any(text in turn for text in texts) for turn in turns) / len(turns)
-        assert abs(share - harm) < 0.08 if 0 < harm < 1 else share == harm
+@given(st.integers(0, 10**6))
+def test_an_answer_begins_with_the_words_that_its_preface_asks_for(seed):
+    question, answer = corpus.dressed(random.Random(seed), "Why?", "So.", HELPFUL, prefaces=1.0, suffix=0.0)
+    start, end = answer.split("\n\n")
+    assert end == "So."
+    words = re.fullmatch(r'Start with "(.+)"\. Why\?', question)
+    assert start == words[1] if words else (question, start) in [(ask.format(request="Why?"), say)
+                                                                 for ask, say in world.PREFACES.values()]
 
 
 def test_splits_share_no_act_and_heldout_shares_no_schema():

@@ -77,7 +77,7 @@ def keeps_its_tokens(model, candidates):
 
 def targets_of(instructions):
     """What the organism's helpful answer to each Instruction begins with: a list of texts."""
-    return [f"{i.preface} {world.help_opening(i.act, i.way)}".strip() for i in instructions]
+    return [world.paragraph(i.preface) + world.help_opening(i.act, i.way) for i in instructions]
 
 
 def with_suffix(instructions, suffix):
