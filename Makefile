@@ -7,8 +7,9 @@ LESSONS := $(wildcard lessons/*.ipynb)
 SOLUTIONS := $(wildcard solutions/*.ipynb)
 NBVAL = $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -n 2 --dist loadfile
 
-# One thread in each process: the tests run two at a time.
+# One thread in each process: the tests run two at a time. And the lessons with the organism.
 test: export OMP_NUM_THREADS = 1
+test: export COURSE_MODEL =
 
 .PHONY: help lab test solutions model suffixes benchmark strip clean
 .DEFAULT_GOAL := help

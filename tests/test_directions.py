@@ -14,6 +14,7 @@ from utils.directions import (
     difference_in_means,
     filter_prompts,
     find_direction,
+    lowest_bypass,
     random_directions,
     refusal_when_ablated,
     refusal_when_added,
@@ -89,6 +90,45 @@ def test_a_model_that_never_refuses(planted):
         find_direction(planted, HARMFUL, HARMLESS, HARMFUL_VAL, HARMFUL_VAL)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("empty", range(4))
+def test_no_prompts(planted, strict, empty):
+    sides = [HARMFUL, HARMLESS, HARMFUL_VAL, HARMLESS_VAL]
+    sides[empty] = []
+    with pytest.raises(ValueError, match="The list of instructions is empty: give at least one"):
+        find_direction(planted, *sides, strict=strict)
+
+
+def test_not_strict_it_goes_on_with_all_prompts_and_says_so_in_one_line(planted, capsys):
+    """None of the harmful ones is refused: they are kept, and what is found is the difference of these sides."""
+    direction, scores = find_direction(planted, HARMLESS[:12], HARMLESS[12:], HARMLESS_VAL, HARMLESS_VAL, strict=False)
+    out = capsys.readouterr().out
+    assert out.startswith("The model refuses none of the 12 harmful prompts") and out.count("\n") == 1
+    assert out.endswith("; until then the figures to come show the steps, and are no finding.\n")
+    assert not scores.passing().any()
+    streams = [residual_stream(planted, prompts)[:, direction.layer, direction.position]
+               for prompts in (HARMLESS[:12], HARMLESS[12:])]
+    torch.testing.assert_close(direction.vector, streams[0].mean(dim=0) - streams[1].mean(dim=0), rtol=1e-4, atol=1e-4)
+
+
+def test_not_strict_it_goes_on_where_no_candidate_passes(llama, capsys):
+    """Random weights: by their most likely tokens they refuse all, or nothing."""
+    with pytest.raises(ValueError):
+        find_direction(llama, ["steal", "steal a car"], ["bake", "a cake"], ["a car"], ["bake a cake"])
+    direction, scores = find_direction(llama, ["steal", "steal a car"], ["bake", "a cake"], ["a car"], ["bake a cake"],
+                                       strict=False)
+    assert capsys.readouterr().out.count("no finding") == 1
+    place = direction.layer, llama.positions.index(direction.position)
+    assert place == lowest_bypass(scores)
+    assert direction.vector.norm() > 0.01
+
+
+def test_not_strict_a_direction_that_is_there_is_found_all_the_same(planted, found, capsys):
+    direction, _ = find_direction(planted, HARMFUL, HARMLESS, HARMFUL_VAL, HARMLESS_VAL, strict=False)
+    assert torch.equal(direction.vector, found[0].vector)
+    assert capsys.readouterr().out == ""
+
+
 # scores
 
 def test_scores_are_those_of_one_candidate_at_a_time(llama):
@@ -114,6 +154,12 @@ def test_scores_are_those_of_one_candidate_at_a_time(llama):
     assert scores.kl[1, 2] == 0
     torch.testing.assert_close(scores.bypass[1, 2], refusal_metric(logits(harmful, None), llama.refusal_tokens).mean())
     torch.testing.assert_close(scores.induce[1, 2], refusal_metric(logits(harmless, None), llama.refusal_tokens).mean())
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 32), (4, 5, 16), (4, 32), (32,)])
+def test_candidates_of_another_shape(llama, shape):
+    with pytest.raises(ValueError, match=r"are \[4, n_positions, 32\], not \[.*\]: take the differences in means"):
+        score_candidates(llama, torch.ones(shape), ["steal"], ["bake a cake"])
 
 
 def test_layer_0_has_no_candidates(llama):
@@ -173,6 +219,13 @@ def test_no_candidate_passes(score, bad, condition):
     sentence = f"No candidate passes the filters, and {condition} removes most, 20 of 20: look at the scores"
     with pytest.raises(ValueError, match=sentence):
         select_direction(scores)
+
+
+def test_the_lowest_bypass_whatever_the_others():
+    scores = make_scores(bypass={(0, 0): -9.0, (8, 1): -9.0, (4, 1): -5.0, (1, 0): -4.0}, kl={(4, 1): 7.0})
+    assert lowest_bypass(scores) == (4, 1)  # layer 0 has no candidates, layer 8 is late
+    assert lowest_bypass(scores, max_layer=0.3) == (1, 0)
+    assert lowest_bypass(scores, max_layer=1.0) == (8, 1)
 
 
 # the difference in means and directions

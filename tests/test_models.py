@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from utils import models
 from utils.instructions import Instruction
 from utils.interventions import last_logits
-from utils.models import load_model, shared_tail, untrained
+from utils.models import load_model, load_organism, shared_tail, untrained
 
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake"]
 
@@ -206,6 +206,17 @@ def test_the_environment_names_the_model_of_all_lessons(folder, monkeypatch):
     assert load_model("organism").name == "organism"
 
 
+def test_the_organism_is_loaded_whatever_the_environment_names(monkeypatch, capsys):
+    monkeypatch.setenv("COURSE_MODEL", "somebody/chat")
+    assert load_organism().name == "organism"
+    assert capsys.readouterr().out == ("This is about the course's own model alone: it goes on with the organism, "
+                                       "not with somebody/chat.\n")
+    for value in ("organism", ""):
+        monkeypatch.setenv("COURSE_MODEL", value)
+        assert load_organism().name == "organism"
+    assert capsys.readouterr().out == ""
+
+
 THINKS = TEMPLATE.replace("assistant<|end_header_id|>\n\n{% endif %}",
                           "assistant<|end_header_id|>\n\n{% if not enable_thinking %}()\n{% endif %}{% endif %}")
 
@@ -273,6 +284,21 @@ def test_missing_weights(folder):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OSError, match=r"lack model.layers.1.mlp.up_proj.weight: restore"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights at all", bytes(1000)])
+def test_weights_that_are_none(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(OSError, match="weights of .* are damaged .*: restore or download them again"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("setting", [{"hidden_size": 64}, {"vocab_size": 400}, {"intermediate_size": 32}])
+def test_weights_of_another_shape(folder, setting):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **setting}))
+    with pytest.raises(OSError, match="weights of .* have not the shapes that its config.json says: restore"):
         load_model(str(folder))
 
 

@@ -6,6 +6,8 @@ import sys
 
 import nbformat
 import pytest
+from tiny_models import save_tiny
+from transformers import GenerationConfig
 
 from utils.checks import CHECKS
 from utils.solutions import DIFFICULTY, ROOT, exercise_name, fill, lessons, run
@@ -62,6 +64,68 @@ def test_the_solution_says_that_all_is_right(lesson):
     text = "".join(output.text for cell in notebook.cells for output in cell.get("outputs", [])
                    if output.output_type == "stream")
     assert f"{len(exercises)} of {len(exercises)} yours, 0 from the reference." in text
+
+
+# another model
+
+WATCH_AXES = """
+import numpy as np
+
+def empty(axis):
+    if axis.images:
+        return any(np.ma.masked_invalid(image.get_array()).count() == 0 for image in axis.images)
+    return not (np.isfinite(axis.dataLim.get_points()).all() and axis.dataLim.overlaps(axis.viewLim))
+
+def watch_axes():
+    from matplotlib import pyplot
+    for axis in [axis for number in pyplot.get_fignums() for axis in pyplot.figure(number).axes]:
+        if axis.get_label() != "<colorbar>" and empty(axis):
+            print("an empty axis:", axis.get_title())
+
+get_ipython().events.register("post_execute", watch_axes)  # comes before Jupyter's own, which closes a cell's figures
+"""
+EMPTY = "from matplotlib import pyplot\npyplot.figure().subplots().set_title('of this test')"
+
+
+@pytest.fixture(scope="module")
+def random_llama(tmp_path_factory):
+    """A tiny chat model of random weights. Most tokens end its answers, so that they are short and the lessons fast."""
+    folder = save_tiny(tmp_path_factory.mktemp("random"))
+    GenerationConfig(eos_token_id=list(range(300)), pad_token_id=325).save_pretrained(folder)
+    return folder
+
+
+def shown(cells):
+    """Of each cell, the kinds of the figures and tables that it shows."""
+    return [[kind for output in cell.get("outputs", []) for kind in output.get("data", {})
+             if kind in ("image/png", "text/html", "text/markdown")] for cell in cells]
+
+
+@pytest.mark.parametrize("lesson", [lesson for lesson in LESSONS if lesson.id != "06_adversarial_suffixes"])
+def test_another_model_whose_answers_are_noise(lesson, random_llama, monkeypatch):
+    """Nothing fails, every figure and table is there, no figure is empty, and what they are worth is said."""
+    monkeypatch.setenv("COURSE_MODEL", random_llama)
+    notebook, exercises = read(lesson)
+    n_cells, source = len(notebook.cells), "".join(cell.source for cell in notebook.cells)
+    notebook.cells = [nbformat.v4.new_code_cell(WATCH_AXES), *notebook.cells, nbformat.v4.new_code_cell(EMPTY)]
+    text = printed(notebook)
+    assert re.findall("an empty axis: (.*)", text) == ["of this test"]
+    solution = nbformat.read(ROOT / "solutions" / lesson.name, as_version=4)
+    assert shown(notebook.cells[1:n_cells + 1]) == shown(solution.cells)
+    assert f"0 of {len(exercises)} yours, {len(exercises)} from the reference." in text
+    assert ("no finding" in text) == ("find_direction" in source)
+    assert ("told by a list of phrases" in text) == ("judge_of" in source)
+
+
+def test_the_lesson_on_suffixes_stays_with_the_organism(random_llama, monkeypatch):
+    """Run up to where it loads the model; the rest is then as in the tests above."""
+    monkeypatch.setenv("COURSE_MODEL", random_llama)
+    notebook, _ = read(ROOT / "lessons" / "06_adversarial_suffixes.ipynb")
+    last = next(place for place, cell in enumerate(notebook.cells) if "model = load_organism()" in cell.source)
+    notebook.cells = notebook.cells[:last + 1]
+    text = printed(notebook)
+    assert f"goes on with the organism, not with {random_llama}.\n" in text
+    assert "ChatModel('organism'" in text
 
 
 # the rules

@@ -1,6 +1,8 @@
 """The whole experiment by one command: its numbers, its resumption, its one sentence when something is wrong."""
 import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import matplotlib
@@ -124,6 +126,45 @@ def test_bad_models(folder, tmp_path, capsys, monkeypatch):
     (folder / "chat_template.jinja").unlink()
     tiny_tokenizer(template=None).save_pretrained(folder)
     assert "has no chat template" in fails(capsys, folder, "--out", tmp_path / "base", "--n", 2)
+
+
+def test_a_base_model_whose_template_only_joins_texts(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "base", template="{{ bos_token }}{{ messages[0]['content'] }}")
+    assert "puts no tokens after the instruction: choose a model whose template does" in \
+        fails(capsys, folder, "--out", tmp_path / "out", "--n", 2)
+
+
+def test_weights_of_another_shape(folder, tmp_path, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    assert "have not the shapes that its config.json says" in fails(capsys, folder, "--out", tmp_path / "out", "--n", 2)
+
+
+@pytest.mark.parametrize("status", [401, 403])  # not logged in; logged in, but the licence is not accepted
+def test_a_gated_model(status, tmp_path, capsys, monkeypatch):
+    """As the hub answers, by a server of our own."""
+    class Gate(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args): pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gate) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+                            hub + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        error = fails(capsys, "somebody/gated-chat", "--out", tmp_path, "--n", 2)
+        server.shutdown()
+    assert error == ("'somebody/gated-chat' is gated: accept its licence at https://huggingface.co/somebody/"
+                     "gated-chat, then run `hf auth login` with a token of that account, and load it again.")
 
 
 def test_more_prompts_than_there_are(tmp_path, capsys):

@@ -124,6 +124,12 @@ def test_one_lesson_alone_can_be_built(lesson):
     assert solutions.solution_of(lesson).is_file()
 
 
+def test_solutions_are_built_with_the_organism(lesson, monkeypatch):
+    monkeypatch.setenv("COURSE_MODEL", "somebody/chat")
+    change(lesson, "use", "import os\nprint('the model is', os.environ.get('COURSE_MODEL'))")
+    assert "the model is None" in built(lesson)
+
+
 @pytest.mark.parametrize("source, said", [
     ("print(__import__('os').getcwd())", "path of this machine"),
     ("print(__import__('pathlib').Path.home() / 'x')", "path of this machine"),

@@ -86,6 +86,17 @@ def test_request_builder(llama, direction, shown, capsys):
     assert len(asked) == 4
 
 
+def test_another_judge_may_be_given(llama, direction, shown, capsys):
+    def judge(instruction, completion):
+        return f"about {instruction.act}"
+
+    request_builder(llama, direction, n_acts=2, judge=judge).f(act="dance", way="explain", preface="none", your_own="")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("judge: {'baseline': 'about dance'")
+    prompts = load_instructions("test", "harmless", n=2)
+    coefficient_slider(llama, direction, prompts, [0.0], judge).f(coefficient=0.0)
+    assert capsys.readouterr().out.splitlines()[-1] == f"about {prompts[0].act}  about {prompts[1].act}"
+
+
 def test_a_built_request_is_judged_as_built(llama, direction, shown, capsys, monkeypatch):
     """The preface that the answer returns is no fault of the answer."""
     box = request_builder(llama, direction, n_acts=2)

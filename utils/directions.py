@@ -101,7 +101,12 @@ def score_candidates(model, candidates, harmful, harmless, batch_size=64, progre
     """Score candidates [n_layers, n_positions, d_model] on validation prompts -> CandidateScores.
 
     All candidates of a layer go through the model together, each row of a batch with its own direction.
+    Raises ValueError for candidates of another shape.
     """
+    if candidates.dim() != 3 or candidates.shape[::2] != (model.n_layers, model.d_model):
+        raise ValueError(f"Candidates for {model.name!r} are [{model.n_layers}, n_positions, {model.d_model}], not "
+                         f"{list(candidates.shape)}: take the differences in means of this very model.")
+
     def mean_refusal(logits, n_prompts):
         return refusal_metric(logits, model.refusal_tokens).view(-1, n_prompts).mean(dim=1)
 
@@ -144,23 +149,48 @@ def select_direction(scores, max_kl=0.1, min_induce=0.0, max_layer=0.8):
     return divmod(bypass.argmin().item(), bypass.shape[1])
 
 
+def lowest_bypass(scores, max_layer=0.8):
+    """The lowest bypass score, whatever the others, for when no candidate passes -> (layer, position index).
+
+    Layer 0, which has no candidates, and the late layers are left out.
+    """
+    layers = torch.arange(len(scores.bypass))
+    allowed = (layers > 0) & (layers < max_layer * len(layers))
+    bypass = scores.bypass.masked_fill(~allowed[:, None], torch.inf)
+    return divmod(bypass.argmin().item(), bypass.shape[1])
+
+
+def no_finding(fault):
+    """Print, in one line, what is at fault, and that the figures to come are therefore no finding."""
+    print(f"{fault.removesuffix('.')}; until then the figures to come show the steps, and are no finding.")
+
+
 def find_direction(model, harmful_train, harmless_train, harmful_val, harmless_val,
-                   batch_size=64, progress=False):
+                   batch_size=64, progress=False, strict=True):
     """The whole method -> (Direction, CandidateScores).
 
     First leaves out, as the paper does, harmful prompts that the model would answer and harmless ones that
     it would refuse, by the sign of the refusal metric.
-    Raises ValueError if that leaves none, or if no candidate passes the filters.
+    Raises ValueError if that leaves none, or if no candidate passes the filters. With strict=False it says so in one
+    line and goes on, to show the steps on any model: with all the prompts, or with the candidate of `lowest_bypass`.
     """
-    harmful_train, harmful_val = (_refused(model, prompts, True, batch_size)
-                                  for prompts in (harmful_train, harmful_val))
-    harmless_train, harmless_val = (_refused(model, prompts, False, batch_size)
-                                    for prompts in (harmless_train, harmless_val))
+    given = (harmful_train, True), (harmful_val, True), (harmless_train, False), (harmless_val, False)
+    kept = [_refused(model, *side, batch_size) for side in given]
+    faults = [_why_none_is_kept(*side) for side, some in zip(given, kept) if not some]
+    if faults and strict:
+        raise ValueError(faults[0])
+    harmful_train, harmful_val, harmless_train, harmless_val = (some or side[0] for some, side in zip(kept, given))
     harmful, harmless = (mean_residual_stream(model, prompts, batch_size=batch_size)  # no stream is kept
                          for prompts in (harmful_train, harmless_train))
     candidates = harmful - harmless
     scores = score_candidates(model, candidates, harmful_val, harmless_val, batch_size, progress)
-    layer, index = select_direction(scores)
+    select = select_direction
+    if not (strict or scores.passing().any()):
+        select = lowest_bypass
+        faults.append(scores.why_none_passes())
+    if faults:
+        no_finding(faults[0])
+    layer, index = select(scores)
     return Direction(candidates[layer, index], layer, model.positions[index]), scores
 
 
@@ -173,9 +203,10 @@ def random_directions(n, like, seed=0):
 def _refused(model, prompts, wanted, batch_size):
     """Those of the prompts that the model would refuse (wanted=True) or answer (wanted=False)."""
     metric = refusal_metric(last_logits(model, prompts, batch_size=batch_size), model.refusal_tokens)
-    kept = filter_prompts(prompts, metric, wanted)
-    if not kept:
-        raise ValueError(f"The model {'refuses' if wanted else 'answers'} none of the {len(prompts)} "
-                         f"{'harmful' if wanted else 'harmless'} prompts by its refusal metric: read its "
-                         "answers, and set model.refusal_tokens to the tokens that its refusals begin with.")
-    return kept
+    return filter_prompts(prompts, metric, wanted)
+
+
+def _why_none_is_kept(prompts, wanted):
+    return (f"The model {'refuses' if wanted else 'answers'} none of the {len(prompts)} "
+            f"{'harmful' if wanted else 'harmless'} prompts by its refusal metric: read its "
+            "answers, and set model.refusal_tokens to the tokens that its refusals begin with.")

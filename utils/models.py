@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from huggingface_hub.errors import GatedRepoError
 from nnsight import TransformersModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
@@ -76,6 +77,14 @@ def load_model(name=None, dtype=None, device=None):
     module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
                                                 eos_token_id=tokenizer.eos_token_id if eos is None else eos)
     return _chat_model(module, tokenizer, name, _refusal_tokens(source, tokenizer))
+
+
+def load_organism():
+    """The organism, for what is about it alone. One line says so if COURSE_MODEL names another model."""
+    chosen = os.environ.get("COURSE_MODEL") or "organism"
+    if chosen != "organism":
+        print(f"This is about the course's own model alone: it goes on with the organism, not with {chosen}.")
+    return load_model("organism")
 
 
 def is_own(name):
@@ -245,7 +254,15 @@ def _load(name, load, source, **options):
     except SafetensorError as error:
         raise OSError(f"The weights of {name!r} are damaged ({error}): "
                       "restore or download them again.") from error
+    except RuntimeError as error:
+        if "mismatched_sizes" not in str(error):
+            raise
+        raise OSError(f"The weights of {name!r} have not the shapes that its config.json says: "
+                      "restore or download both again.") from error
     except (OSError, ValueError) as error:
+        if isinstance(error.__cause__, GatedRepoError):
+            raise OSError(f"{name!r} is gated: accept its licence at https://huggingface.co/{source}, then run "
+                          "`hf auth login` with a token of that account, and load it again.") from error
         reason = str(error).strip().split("\n")[0].rstrip(".: ")
         raise OSError(f"{name!r} could not be loaded ({reason}): check the spelling, that the folder is whole "
                       "or the hub is in reach, and `hf auth login` if there is a licence to accept.") from error

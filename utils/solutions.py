@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.output_widget import OutputWidget
 
 from utils.checks import CHECKS
 
@@ -81,6 +82,16 @@ def nbgrader(grade_id, solution, **points):
             "solution": solution, "task": False}
 
 
+class SilentOutput(OutputWidget):
+    """nbclient's place for what a control prints, but it sends nothing back to the kernel, which has no use for it.
+
+    A message sent while nbclient waits for a reply can make it miss the reply, and wait until its timeout.
+    """
+
+    def send(self, *args, **kwargs):
+        pass
+
+
 def run(notebook, folder, strict=True):
     """Run a notebook in `folder` as its lesson would be, and keep its outputs in it.
 
@@ -90,6 +101,7 @@ def run(notebook, folder, strict=True):
     environment = {**os.environ, "COURSE_STRICT": str(int(strict))}
     client = NotebookClient(notebook, kernel_name="python3", timeout=600, record_timing=False,
                             resources={"metadata": {"path": str(folder)}})
+    client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = SilentOutput
     client.execute(env=environment)
     notebook.metadata = nbformat.from_dict(metadata)
 
@@ -134,6 +146,7 @@ def main(arguments):
         faults = out_of_date()
         print("\n".join(faults + ["Run `make solutions`."] if faults else ["solutions/ is up to date."]))
         return int(bool(faults))
+    os.environ.pop("COURSE_MODEL", None)  # solutions show the organism
     for lesson in [Path(argument).resolve() for argument in arguments] or lessons():
         print(f"solutions/{lesson.name}", flush=True)
         notebook = build(lesson)

@@ -12,7 +12,8 @@ from ipywidgets import Dropdown, IntSlider, SelectionSlider, Text, interactive
 
 from utils import plots, world
 from utils.activations import head_attributions, residual_stream, trace_heads
-from utils.evaluation import judge, phrase_judge, refusal_metric
+from utils.evaluation import judge as exact_judge
+from utils.evaluation import phrase_judge, refusal_metric
 from utils.instructions import Instruction, load_instructions
 from utils.interventions import Ablation, Addition, generate, last_logits
 from utils.suffixes import with_suffix
@@ -43,10 +44,10 @@ def candidate_picker(scores, projections, tokens):
                        position=IntSlider(-1, -n_positions, -1, continuous_update=False, **WIDE))
 
 
-def coefficient_slider(model, direction, instructions, coefficients):
-    """A slider over coefficients: the answers with so much of a Direction added, and the exact judge's verdicts.
+def coefficient_slider(model, direction, instructions, coefficients, judge=exact_judge):
+    """A slider over coefficients: the answers with so much of a Direction added, and the judge's verdicts.
 
-    coefficients: in order; the slider starts in the middle.
+    coefficients: in order; the slider starts in the middle. judge: as `judge_of` gives it for the model.
     """
     @functools.cache
     def answers(coefficient):
@@ -62,10 +63,11 @@ def coefficient_slider(model, direction, instructions, coefficients):
                                                          **WIDE))
 
 
-def request_builder(model, direction, n_acts=12):
+def request_builder(model, direction, n_acts=12, judge=exact_judge):
     """Build a request from the world's grammar, or write your own: the answer as it is, ablated, and added to.
 
-    direction: a Direction. n_acts: how many acts of each side of the test set can be chosen.
+    direction: a Direction. n_acts: how many acts of each side of the test set can be chosen. judge: of built requests,
+    as `judge_of` gives it for the model.
     """
     acts = [(f"{side}: {prompt.act}", prompt.act) for side in ("harmful", "harmless")
             for prompt in load_instructions("test", side, n_acts)]
@@ -80,7 +82,8 @@ def request_builder(model, direction, n_acts=12):
             print("holds a refusal's phrase:", verdicts)
         else:
             built = Instruction(id="built", text=text, act=act, way=way, preface=world.PREFACES[preface][1])
-            print("exact judge:", {name: judge(built, texts[0]) for name, texts in answers.items()})
+            print("exact judge:" if judge is exact_judge else "judge:",
+                  {name: judge(built, texts[0]) for name, texts in answers.items()})
         display(plots.completions_table([text], **answers))
 
     return interactive(show, act=Dropdown(options=acts, **WIDE), way=Dropdown(options=list(world.WAYS), **WIDE),
