@@ -98,8 +98,8 @@ def difference(given, expected, check):
         if not isinstance(given, (tuple, list)) or len(given) != len(expected):
             return f"your answer is {kind(given)}, and should be {kind(expected)}."
         return next(filter(None, (difference(g, e, check) for g, e in zip(given, expected))), None)
-    if is_dataclass(expected):
-        return difference_of_parts(vars(given) if is_dataclass(given) else given, vars(expected), check)
+    if has_parts(expected):
+        return difference_of_parts(vars(given) if has_parts(given) else given, vars(expected), check)
     if isinstance(expected, dict):
         return difference_of_parts(given, expected, check)
     return None if given == expected else f"your answer is {given!r:.80}, and should be {expected!r:.80}."
@@ -123,8 +123,12 @@ def difference_of_numbers(given, expected, check):
     return f"the numbers differ, at worst {given.flatten()[worst]:.4g} in place of {expected.flatten()[worst]:.4g}."
 
 
+def has_parts(x):
+    return is_dataclass(x) or isinstance(x, (interventions.Ablation, interventions.Addition))
+
+
 def difference_of_parts(given, expected, check):
-    """`difference` for dicts and the fields of dataclasses: the first part that differs, by its name."""
+    """`difference` for dicts and what `has_parts`: the first part that differs, by its name."""
     if not isinstance(given, dict) or given.keys() != expected.keys():
         return f"your answer is {kind(given)}, and should hold {', '.join(map(str, expected))}."
     faults = ((name, difference(given[name], expected[name], check)) for name in expected)

@@ -172,13 +172,14 @@ def answer_losses(model, instructions, intervention=None, batch_size=64):
     found = {}
     for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size):
         longest = max(len(answers[row]) for row in rows)
+        ids = inputs["input_ids"][:, -longest - 1:]
         with model.lm.trace(inputs, use_cache=False, logits_to_keep=longest + 1):
             if change is not None:
                 change.apply(model)
-            logits = model.lm.output.logits.save()  # [n_prompts, longest + 1, vocab]
-        losses = next_token_losses(logits.float(), inputs["input_ids"][:, -longest - 1:]).cpu()
+            logits = model.lm.output.logits.float()  # [n_prompts, longest + 1, vocab]: too many to be sent from NDIF
+            losses = next_token_losses(logits, ids.to(logits.device)).save()
         found.update((row, row_losses[-len(answers[row]):])  # answers end where the batch ends
-                     for row, row_losses in zip(rows, losses))
+                     for row, row_losses in zip(rows, losses.cpu()))
     return [found[row] for row in range(len(found))]
 
 

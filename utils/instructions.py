@@ -109,9 +109,9 @@ def as_texts(instructions):
 
     Raises TypeError or ValueError for a single one, an empty list, or anything else in it.
     """
-    if isinstance(instructions, (str, Instruction)):
+    if isinstance(instructions, str) or hasattr(instructions, "text"):
         raise TypeError(f"Give a list of instructions, not a single one: [{instructions!r}].")
-    texts = [i.text if isinstance(i, Instruction) else i for i in instructions]
+    texts = [getattr(i, "text", i) for i in instructions]
     if not texts:
         raise ValueError("The list of instructions is empty: give at least one.")
     for text in texts:

@@ -11,7 +11,7 @@ The same as an edit of the weights, undone at the end of the block (paper, secti
         generate(model, instructions)
 """
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -65,28 +65,26 @@ def add_at_layer(model, direction, layer, coefficient=1.0):
     layer.input = add(layer.input, direction, coefficient)
 
 
-@dataclass(frozen=True, eq=False)
+# Plain classes, for they are sent to NDIF with a trace, by their source; what a dataclass generates has none.
+
 class Ablation:
     """Erase a direction from all that is written to the residual stream: at every layer and position."""
-    direction: torch.Tensor
 
-    def __post_init__(self):
-        _check_direction(self.direction)
+    def __init__(self, direction):
+        _check_direction(direction)
+        self.direction = direction
 
     def apply(self, model):
         """Within a trace: change each layer's input, what attention writes, what the MLP writes."""
         ablate_everywhere(model, self.direction)
 
 
-@dataclass(frozen=True, eq=False)
 class Addition:
     """Add coefficient · direction to the residual stream at the start of one layer, at every position."""
-    direction: torch.Tensor
-    layer: int
-    coefficient: float = 1.0
 
-    def __post_init__(self):
-        _check_direction(self.direction)
+    def __init__(self, direction, layer, coefficient=1.0):
+        _check_direction(direction)
+        self.direction, self.layer, self.coefficient = direction, layer, coefficient
 
     def apply(self, model):
         """Within a trace: change the layer's input."""
@@ -143,10 +141,13 @@ def changed_batches(model, tokens, intervention, batch_size):
     """
     if intervention is not None:
         _check_fit(intervention, model, len(tokens))
+        intervention = copy(intervention)
+        intervention.direction = intervention.direction.to(model.device)
     for rows, inputs in model.batches(tokens, batch_size):
         change = intervention
         if intervention is not None and intervention.direction.dim() == 2:
-            change = replace(intervention, direction=intervention.direction[rows])
+            change = copy(intervention)
+            change.direction = intervention.direction[rows]
         yield rows, inputs, change
 
 
@@ -196,7 +197,7 @@ def orthogonalized(model, direction):
     touched. An unembedding that shares its weights with the embedding keeps its own copy meanwhile: it only reads.
     Where a family normalises what attention and MLP have written (Gemma 2, 3, OLMo 2), their weights stay, and the
     matrix I - r̂ r̂ᵀ comes behind these norms: a norm in between would undo an edit before it.
-    Raises ValueError for a direction of another model, or several of them.
+    Raises ValueError for a direction of another model, or several of them, and for a model on NDIF.
     """
     _check_edit(Ablation(direction), model)
     with ExitStack() as undo:
@@ -242,6 +243,9 @@ def added_bias(model, direction, layer, coefficient=1.0):
 
 
 def _check_edit(intervention, model):
+    if model.remote:
+        raise ValueError(f"The weights of {model.name!r} are on NDIF, where they serve others too: give Ablation or "
+                         "Addition, which compute the same.")
     if intervention.direction.dim() != 1:
         raise ValueError("Weights serve all prompts alike: give one direction, [d_model]. "
                          "For one to each prompt, use Ablation or Addition.")

@@ -5,12 +5,14 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import nnsight
 import psutil
 import torch
 from huggingface_hub.errors import GatedRepoError
 from nnsight import TransformersModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
+from transformers.utils import is_accelerate_available
 
 from utils import DATA
 from utils.instructions import as_texts
@@ -23,6 +25,8 @@ RENAME = {
     "attention": "self_attn", "attention.dense": "attention.o_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
 }
 
+SMALLER = 'choose a smaller model, close other programs, or try device="auto" (all GPUs) or remote=True (NDIF).'
+
 # How refusals usually begin: "I cannot ...", "As an AI ...", "Sorry, ...".
 REFUSAL_OPENINGS = ("I", "As", "Sorry")
 
@@ -33,7 +37,7 @@ logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
 
 
-def load_model(name=None, dtype=None, device=None):
+def load_model(name=None, dtype=None, device=None, remote=False):
     """Load a chat model -> ChatModel.
 
     name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during
@@ -41,42 +45,70 @@ def load_model(name=None, dtype=None, device=None):
     environment variable COURSE_MODEL says, or else the organism.
     dtype, device: float32 on the CPU for the course's own models. For others the GPU if there is one, and the
     precision that the weights are stored in; on the CPU float32 if memory allows. One line says what was chosen.
+    device="auto" spreads the layers over all GPUs.
+    remote: True for a hub id whose weights stay on NDIF (https://ndif.us), as do device and dtype: all traces run
+    there. For this one needs a key.
 
     Raises FileNotFoundError for a name or folder that is not there, OSError for files that are damaged or
-    out of reach, ValueError for a model that is not a chat model, MemoryError for one that does not fit.
+    out of reach, ValueError for a model that is not a chat model or does not run on NDIF, MemoryError for one that does
+    not fit, ImportError for "auto" without `accelerate`, PermissionError for `remote` without a key.
+
+    Neither "auto" on several GPUs nor `remote` on NDIF itself has been tried: the tests imitate both.
     """
     name = name or os.environ.get("COURSE_MODEL") or "organism"
     source = _locate(name)
-    own = is_own(name)
+    if remote:
+        _check_ndif(name, source)
     tokenizer = _load(name, AutoTokenizer.from_pretrained, source, padding_side="left")
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    lm = _on_ndif(name, source, tokenizer) if remote else _on_devices(name, source, tokenizer, dtype, device)
+    return ChatModel(lm, tokenizer, name, _refusal_tokens(source, tokenizer))
+
+
+def _on_devices(name, source, tokenizer, dtype, device):
+    """The nnsight model, its weights loaded here."""
+    own = is_own(name)
     config = _load(name, AutoConfig.from_pretrained, source)
     n_weights = _load(name, n_parameters, config)
-    device = torch.device(device or ("cpu" if own else best_device()))
-    dtype = dtype or (torch.float32 if own else best_dtype(n_weights, config.dtype, device))
-    size = memory_needed(n_weights, dtype)
-    if size > memory_free(device):
-        raise MemoryError(f"{name!r} takes {size / 1e9:.1f} GB in {_short(dtype)}, and {memory_free(device) / 1e9:.1f} "
-                          f"GB are free on {device}: choose a smaller model, or close other programs.")
+    devices = devices_of(device or ("cpu" if own else best_device()))
+    dtype = dtype or (torch.float32 if own else best_dtype(n_weights, config.dtype, devices[0]))
+    size, free, place = memory_needed(n_weights, dtype), sum(map(memory_free, devices)), ", ".join(map(str, devices))
+    if size > free:
+        raise MemoryError(f"{name!r} takes {size / 1e9:.1f} GB in {_short(dtype)}, and {free / 1e9:.1f} GB are free on "
+                          f"{place}: {SMALLER}")
     if not own:
         print(f"{name}: {n_weights / 1e6:,.3g} million weights, {size / 1e9:.2g} GB in {_short(dtype)} on "
-              f"{device}{_thinking_off(tokenizer)}")
+              f"{place}{_thinking_off(tokenizer)}")
     with _progress_bars(shown=not own):
         module, report = _load(name, AutoModelForCausalLM.from_pretrained, source, dtype=dtype,
+                               device_map="auto" if len(devices) > 1 else None,
                                attn_implementation="eager",  # the only one that gives attention's patterns
                                output_loading_info=True)
     if report["missing_keys"]:
         raise OSError(f"The weights of {name!r} lack {min(report['missing_keys'])}: "
                       "restore or download them again.")
+    if len(devices) == 1:
+        module.to(devices[0])
+    elif not {weight.device for weight in module.parameters()} <= set(devices):
+        raise MemoryError(f"Only a part of {name!r} fits on {place}: {SMALLER}")
 
-    module.to(device).requires_grad_(False)  # no graph is built unless an input asks for gradients
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    module.requires_grad_(False)  # no graph is built unless an input asks for gradients
     # Some checkpoints ask for sampling, or punish repetition; the course decodes plainly.
     eos = module.generation_config.eos_token_id
     module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
                                                 eos_token_id=tokenizer.eos_token_id if eos is None else eos)
-    return _chat_model(module, tokenizer, name, _refusal_tokens(source, tokenizer))
+    return _wrapped(module, tokenizer)
+
+
+def _on_ndif(name, source, tokenizer):
+    """The nnsight model, its weights on NDIF."""
+    nnsight.register("utils")  # NDIF does not have the course: what a trace calls of it is sent along
+    lm = _load(name, RemoteModel, source, tokenizer=tokenizer, task="text-generation", rename=RENAME,
+               attn_implementation="eager")
+    print(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{_thinking_off(tokenizer)}")
+    return lm
 
 
 def load_organism():
@@ -96,6 +128,19 @@ def best_device():
     """The GPU, if there is one ("cuda" or "mps"), or else the CPU."""
     gpu = torch.accelerator.current_accelerator(check_available=True)
     return gpu.type if gpu else "cpu"
+
+
+def devices_of(device):
+    """What a model is loaded on, a list of torch devices: one, or with "auto" all GPUs, where there are several.
+
+    Raises ImportError without `accelerate`, which spreads a model over them.
+    """
+    n_gpus = torch.cuda.device_count()
+    if device != "auto" or n_gpus < 2:
+        return [torch.device(best_device() if device == "auto" else device)]
+    if not is_accelerate_available():
+        raise ImportError('A model is spread over several GPUs with the library "accelerate": pip install accelerate.')
+    return [torch.device("cuda", number) for number in range(n_gpus)]
 
 
 def best_dtype(n_weights, stored, device):
@@ -128,7 +173,20 @@ def untrained(model, seed=0):
         module = AutoModelForCausalLM.from_config(model.lm.config)
     module = module.to(device=model.device, dtype=model.lm.dtype).eval().requires_grad_(False)
     module.generation_config = model.lm.generation_config
-    return _chat_model(module, model.tokenizer, f"{model.name}, untrained", model.refusal_tokens)
+    return ChatModel(_wrapped(module, model.tokenizer), model.tokenizer, f"{model.name}, untrained",
+                     model.refusal_tokens)
+
+
+class RemoteModel(TransformersModel):
+    """An nnsight model without weights: every trace of it, generation too, runs on NDIF."""
+
+    def trace(self, *inputs, fn=None, **options):
+        if fn is not None:  # generation
+            options.setdefault("repetition_penalty", 1.0)  # some checkpoints punish it; the course decodes plainly
+        return super().trace(*inputs, fn=fn, remote=True, **options)
+
+    def _remoteable_class(self):
+        return TransformersModel  # the class that NDIF knows its models by
 
 
 class ChatModel:
@@ -141,11 +199,13 @@ class ChatModel:
     post_norms        True if what attention and MLP write is normalised before it is added (Gemma 2, 3, OLMo 2)
     post_instruction  the template's tokens after the instruction, as strings (paper, section 2.1)
     positions         theirs, counted from the end: [-n, ..., -1]
+    remote            True if it runs on NDIF: its weights are not here, and cannot be edited
     refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); may be set
     """
 
     def __init__(self, lm, tokenizer, name, refusal_tokens):
         self.lm, self.tokenizer, self.name, self.refusal_tokens = lm, tokenizer, name, refusal_tokens
+        self.remote = isinstance(lm, RemoteModel)
         self.layers = list(lm.model.layers)
         self.n_layers, self.d_model = len(self.layers), lm.config.hidden_size
         self.post_norms = hasattr(self.layers[0]._module, "post_feedforward_layernorm")
@@ -153,11 +213,13 @@ class ChatModel:
         self.positions = list(range(-len(self.post_instruction), 0))
 
     def __repr__(self):
-        return f"ChatModel({self.name!r}: {self.n_layers} layers, d_model {self.d_model}, on {self.device})"
+        place = "NDIF" if self.remote else self.device
+        return f"ChatModel({self.name!r}: {self.n_layers} layers, d_model {self.d_model}, on {place})"
 
     @property
     def device(self):
-        return self.lm.device
+        """Where inputs are put: with the model's first weights, or on the CPU, to be sent from there."""
+        return torch.device("cpu") if self.remote else self.lm.device
 
     def render(self, instruction):
         """The chat, as one string, in which a user asks the instruction and the answer is due."""
@@ -224,9 +286,20 @@ def shared_tail(one, two):
     return one[len(one) - n_shared:]
 
 
-def _chat_model(module, tokenizer, name, refusal_tokens):
-    lm = TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=RENAME)
-    return ChatModel(lm, tokenizer, name, refusal_tokens)
+def _wrapped(module, tokenizer):
+    # Unless told where it is, nnsight moves a model to the first GPU; one that several GPUs share, it leaves there.
+    place = {} if getattr(module, "hf_device_map", None) else {"device": module.device}
+    return TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=RENAME, **place)
+
+
+def _check_ndif(name, source):
+    """Before anything is sent: is there a key, and does the model run on NDIF?"""
+    if not nnsight.CONFIG.API.APIKEY:
+        raise PermissionError("NDIF asks for a key: get one at https://login.ndif.us, and call nnsight.login() once, "
+                              "or set the environment variable NDIF_API_KEY before Python starts.")
+    if not _load(name, nnsight.is_model_running, source):
+        raise ValueError(f"{name!r} is not running on NDIF, or NDIF is out of reach: print(nnsight.status()) lists the "
+                         "models that run there.")
 
 
 def _locate(name):

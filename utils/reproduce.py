@@ -1,4 +1,4 @@
-"""The whole experiment on one chat model: `python -m utils.reproduce NAME [--out FOLDER] [--n PROMPTS]`.
+"""The whole experiment on one chat model: `python -m utils.reproduce NAME [--out FOLDER] [--n PROMPTS] [--remote]`.
 
 Finds the direction, erases it, adds it, edits it out of the weights, and measures what each changes (paper, sections
 2.3 to 4.2). In the folder it leaves every number (results.json), all answers and two figures; it prints a row for the
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from nnsight.intervention.backends.remote import RemoteError
 
 from utils import write_json
 from utils.directions import CandidateScores, find_direction, random_directions
@@ -30,19 +31,22 @@ JUDGES = {"phrases": lambda prompt, answer, metric: phrase_judge(answer),
           "exact": lambda prompt, answer, metric: judge(prompt, answer) == "refusal"}
 
 
-def reproduce(name, out, n=100, progress=False):
+def reproduce(name, out, n=100, progress=False, remote=False):
     """All steps, each kept in `out` -> the results, as in results.json.
 
-    n: how many test prompts of each side. Raises ValueError for a folder with another run, where no candidate passes
-    the filters, and for an n that is not from 1 to as many as there are; and what `load_model` raises.
+    n: how many test prompts of each side. remote: run the model on NDIF, without the condition "orthogonalized".
+    Raises ValueError for a folder with another run, where no candidate passes the filters, and for an n that is not
+    from 1 to as many as there are; what `load_model` raises; nnsight's RemoteError for what fails on NDIF.
     """
-    kept = Steps(Path(out), {"model": name, "n": n}, progress)
+    kept = Steps(Path(out), {"model": name, "n": n, "remote": remote}, progress)
     test = {side: load_instructions("test", side, n) for side in CONDITIONS}
-    model = load_model(name)
+    model = load_model(name, remote=remote)
+    if remote and progress:
+        print('  no "orthogonalized": the weights are on NDIF, and "ablated" computes the same')
     found = kept("direction", direction_of, model, progress)
     vector, layer = torch.tensor(found["vector"]), found["layer"]
     judged = {side: {condition: kept(f"{side}, {condition}", answers, model, test[side], condition, vector, layer)
-                     for condition in conditions}
+                     for condition in conditions if not (remote and condition == "orthogonalized")}
               for side, conditions in CONDITIONS.items()}
     spoken = judged["harmless"]["baseline"]["answers"]
     losses = kept("losses", own_losses, model, test["harmless"], spoken, vector, layer)
@@ -138,9 +142,13 @@ def draw(out, found, results, tokens, by):
 
 def row(results):
     """The model's row for the table "paper | yours", in Markdown, refusals in per cent by the last judge."""
+    def percent(judged):
+        successes, n, *_ = list(judged.values())[-1]
+        return f"{100 * successes / n:.0f}"
+
     def refused(side, *conditions):
-        return " / ".join(f"{100 * successes / n:.0f}" for successes, n, *_ in (
-            list(results["refused"][side][condition].values())[-1] for condition in conditions))
+        judged = results["refused"][side]
+        return " / ".join(percent(judged[condition]) if condition in judged else "-" for condition in conditions)
 
     cells = [results["model"], results["position"], f"{results['layer']}/{results['n_layers']}",
              *(f"{results[name]:.3f}" for name in SCORES),
@@ -158,10 +166,12 @@ def main(arguments=None):
     parser.add_argument("name", help='"organism", a folder, or a hub id')
     parser.add_argument("--out", type=Path, help="folder for the results; by default reproduced/NAME")
     parser.add_argument("--n", type=int, default=100, help="test prompts of each side (100)")
+    parser.add_argument("--remote", action="store_true", help="run the model on NDIF")
     args = parser.parse_args(arguments)
     try:
-        results = reproduce(args.name, args.out or Path("reproduced") / Path(args.name).name, args.n, progress=True)
-    except (OSError, ValueError, TypeError, MemoryError) as error:
+        results = reproduce(args.name, args.out or Path("reproduced") / Path(args.name).name, args.n, progress=True,
+                            remote=args.remote)
+    except (OSError, ValueError, TypeError, MemoryError, RemoteError) as error:
         print(error, file=sys.stderr)
         return 1
     print(HEAD, row(results), sep="\n")

@@ -105,8 +105,8 @@ class SuffixSearch:
     on from it. penalty: added to the loss; a function of the residual stream at the last token of each prompt,
     [n, n_layers, d_model] -> [n]. The search is for the course's own models; for another one, say so by `any_model`.
 
-    Raises ValueError for another model, unless each instruction has a target, for a tokenizer that does not keep the
-    suffix's tokens apart from the prompt's, for a file of another search.
+    Raises ValueError for another model, for one on NDIF, unless each instruction has a target, for a tokenizer that
+    does not keep the suffix's tokens apart from the prompt's, for a file of another search.
     """
 
     def __init__(self, model, instructions, targets, n_tokens=12, n_candidates=64, n_top=32, seed=0, file=None,
@@ -115,6 +115,9 @@ class SuffixSearch:
             raise ValueError(f"The search is for the course's own models, and {model.name!r} is none. A suffix for a "
                              "model that people use does harm: say any_model=True only if you may attack it, and "
                              "publish none.")
+        if model.remote:
+            raise ValueError(f"The search works with the weights, and those of {model.name!r} are on NDIF: search on a "
+                             "model that you can load.")
         texts = as_texts(instructions)
         if len(targets) != len(texts):
             raise ValueError(f"There are {len(targets)} targets for {len(texts)} instructions: give one for each.")
