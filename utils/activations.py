@@ -13,7 +13,7 @@ def trace_residual_stream(model, inputs, positions):
     with model.lm.trace(inputs, use_cache=False) as tracer:
         streams = nnsight.save([layer.input[:, positions] for layer in model.layers])
         tracer.stop()  # nothing after the last layer's input is needed
-    return torch.stack(streams, dim=1)
+    return torch.stack([stream.to(model.device) for stream in streams], dim=1)  # from several GPUs, maybe
 
 
 def residual_stream(model, instructions, positions=None, batch_size=64):
@@ -62,7 +62,7 @@ def trace_heads(model, inputs):
         for layer in model.layers:
             outputs.append(layer.self_attn.o_proj.input[:, -1].unflatten(-1, (n_heads, -1)))
             patterns.append(layer.self_attn.output[1][:, :, -1])
-    return torch.stack(list(outputs), dim=1), torch.stack(list(patterns), dim=1)
+    return tuple(torch.stack([one.to(model.device) for one in found], dim=1) for found in (outputs, patterns))
 
 
 def head_attributions(outputs, matrices, direction):
