@@ -14,12 +14,14 @@ from utils.directions import (
     difference_in_means,
     filter_prompts,
     find_direction,
+    kept_out_by_one,
     lowest_bypass,
     random_directions,
     refusal_when_ablated,
     refusal_when_added,
     score_candidates,
     select_direction,
+    tokens_read,
 )
 from utils.evaluation import kl_divergence, refusal_metric
 from utils.interventions import Ablation, Addition, every_pair, last_logits
@@ -216,9 +218,17 @@ def test_the_last_layer_that_may_pass(n_layers, last):
 def test_no_candidate_passes(score, bad, condition):
     scores = make_scores()
     getattr(scores, score).fill_(bad)
-    sentence = f"No candidate passes the filters, and {condition} removes most, 20 of 20: look at the scores"
+    sentence = (f"No candidate passes the filters, and {condition} removes most, 20 of 20 .16 of them fail nothing "
+                "else.: look at the scores")  # the other 4 are late
     with pytest.raises(ValueError, match=sentence):
         select_direction(scores)
+
+
+def test_kept_out_by_one_filter():
+    scores = make_scores(kl={(4, 1): 7.0, (8, 1): 7.0, (2, 0): 7.0}, induce={(4, 1): -1.0, (3, 0): -1.0})
+    alone = {condition: set(map(tuple, who.nonzero().tolist()))
+             for condition, who in kept_out_by_one(scores.filters()).items()}
+    assert alone == {"kl < 0.1": {(2, 0)}, "induce > 0": {(3, 0)}, "layer < 0.8 of 10": {(8, 0), (9, 0), (9, 1)}}
 
 
 def test_the_lowest_bypass_whatever_the_others():
@@ -267,6 +277,18 @@ def test_random_directions_are_as_long_as_the_one_and_point_elsewhere():
 
 def test_unit():
     assert Direction(torch.tensor([3.0, 4.0]), layer=1, position=-1).unit.tolist() == pytest.approx([0.6, 0.8])
+
+
+def test_tokens_read_are_those_that_the_model_reads(planted):
+    n_read = []
+    handle = planted.lm._module.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: n_read.append(inputs[0].numel()))
+    harmful, harmless = HARMFUL[0], HARMFUL[0].replace("#", "+")
+    find_direction(planted, 24 * [harmful], 24 * [harmless], 6 * [harmful], 6 * [harmless])
+    handle.remove()
+    [n_tokens] = {len(ids) for ids in planted.tokens([harmful, harmless])}  # of one length, so that none is padded
+    n_candidates = (planted.n_layers - 1) * len(planted.positions)
+    assert sum(n_read) == tokens_read(n_tokens, n_candidates, n_train=24, n_val=6)
 
 
 # one candidate at a time, as the lesson does it

@@ -12,11 +12,13 @@ from utils.evaluation import (
     Rate,
     answer_losses,
     bootstrap_mean,
+    corrected_rate,
     judge,
     judge_of,
     kl_divergence,
     loss,
     next_token_losses,
+    opening_tokens,
     phrase_judge,
     rates_by_group,
     refusal_metric,
@@ -24,10 +26,47 @@ from utils.evaluation import (
     wilson,
 )
 from utils.instructions import Instruction, load_instructions
-from utils.interventions import Ablation, generate
+from utils.interventions import Ablation, generate, last_logits
+from utils.models import load_model
 
 quick = settings(deadline=None, max_examples=50)
 logits = st.integers(0, 10**6).map(lambda seed: 3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)))
+
+
+# the tokens that refusals begin with
+
+def test_opening_tokens_are_those_that_harm_makes_likely():
+    harmful, harmless = torch.zeros(3, 8), torch.zeros(5, 8)
+    harmful[:2, 6], harmful[2, 2], harmful[:, 0], harmless[:, 0], harmless[:, 3] = 9, 9, 8, 8, 9
+    assert opening_tokens(harmful, harmless) == [6, 2]
+    assert opening_tokens(harmful, harmless, least=0.3) == [6]
+    assert opening_tokens(harmful, harmful) == []
+
+
+def test_the_organisms_refusal_token_is_found():
+    model = load_model("organism")
+    logits = [last_logits(model, load_instructions("val", side)) for side in ("harmful", "harmless")]
+    assert opening_tokens(*logits) == model.refusal_tokens
+
+
+# a judge that errs
+
+@quick
+@given(st.floats(0, 1), st.floats(0.3, 1), st.floats(0, 0.2))
+def test_the_rate_is_corrected_to_the_true_one(true, caught, false_alarms):
+    observed = true * caught + (1 - true) * false_alarms
+    assert corrected_rate(observed, caught, false_alarms) == pytest.approx(true, abs=1e-9)
+
+
+@pytest.mark.parametrize("observed, corrected", [(0.0, 0.0), (0.1, 0.0), (0.9, 1.0), (1.0, 1.0)])
+def test_a_corrected_rate_is_a_rate(observed, corrected):
+    assert corrected_rate(observed, caught=0.9, false_alarms=0.1) == pytest.approx(corrected)
+
+
+@pytest.mark.parametrize("caught, false_alarms", [(0.5, 0.5), (0.2, 0.9), (0.0, 0.0)])
+def test_a_judge_that_tells_nothing(caught, false_alarms):
+    with pytest.raises(ValueError, match="tells nothing about their rate: take another judge"):
+        corrected_rate(0.5, caught, false_alarms)
 
 
 # refusal metric and KL divergence

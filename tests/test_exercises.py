@@ -294,6 +294,35 @@ def another_generate(model, instructions, intervention=None, max_new_tokens=64, 
     return answers
 
 
+def another_memory_needed(n_weights, dtype):
+    return torch.empty(n_weights, dtype=dtype, device="meta").nbytes
+
+
+def another_tokens_read(n_tokens, n_candidates, n_train, n_val):
+    total = 0
+    for n_side in (n_train, n_val):
+        total += 2 * n_side * n_tokens * 2  # train: filter and mean; val: filter and unchanged logits
+    for _score in ("bypass", "induce", "kl"):
+        total += n_candidates * n_val * n_tokens
+    return total
+
+
+def another_kept_out_by_one(filters):
+    def others(condition):
+        return [met for name, met in filters.items() if name != condition]
+    return {condition: torch.stack([~met, *others(condition)]).all(dim=0) for condition, met in filters.items()}
+
+
+def another_opening_tokens(harmful, harmless, least=0.05):
+    p, q = (logits.double().exp() / logits.double().exp().sum(1, keepdim=True) for logits in (harmful, harmless))
+    more = (p.mean(0) - q.mean(0)).tolist()
+    return sorted((token for token, value in enumerate(more) if value > least), key=lambda token: -more[token])
+
+
+def another_corrected_rate(observed, caught, false_alarms):
+    return torch.tensor((false_alarms - observed) / (false_alarms - caught)).clamp(0, 1)
+
+
 ANOTHER_WAY = {name[len("another_"):]: function for name, function in list(globals().items())
                if name.startswith("another_")}
 

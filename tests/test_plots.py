@@ -18,8 +18,10 @@ from utils.plots import (
     plot_cosines,
     plot_grids,
     plot_heads,
+    plot_line_panels,
     plot_lines,
     plot_means_by_layer,
+    plot_models,
     plot_next_tokens,
     plot_points,
     plot_projections,
@@ -259,3 +261,36 @@ def test_roc_in_per_cent():
     axis = plot_roc({"suffix": (torch.tensor([0, 0.5, 1]).numpy(), torch.tensor([0, 0.9, 1]).numpy())})
     assert [round(y) for y in axis.lines[1].get_ydata()] == [0, 90, 100]
     assert list(axis.lines[1].get_xdata()) == [0, 50, 100]
+
+
+def test_models_in_rows():
+    panels = {"depth (%)": {"chosen": {"A 7B": 40, "yours": 55}},
+              "refused (%)": {"baseline": {"A 7B": 91, "B 2B": 70, "yours": 100}, "ablated": {"A 7B": 0, "yours": 2}}}
+    figure = plot_models(panels, yours="yours", marks={"refused (%)": 50})
+    depth, refused = figure.axes
+    assert [label.get_text() for label in depth.get_yticklabels()] == ["A 7B", "yours", "B 2B"]
+    assert depth.yaxis_inverted() and [axis.get_title() for axis in figure.axes] == list(panels)
+    baseline, ablated, mark = refused.lines
+    assert list(baseline.get_xdata()) == [91, 70, 100] and list(baseline.get_ydata()) == [0, 2, 1]
+    assert list(ablated.get_xdata()) == [0, 2] and list(ablated.get_ydata()) == [0, 1]
+    assert to_hex(ablated.get_color()) == COLORS["ablated"].lower() and list(mark.get_xdata()) == [50, 50]
+    assert [text.get_text() for text in refused.get_legend().get_texts()] == ["baseline", "ablated"]
+    for axis in figure.axes:
+        [band] = axis.patches
+        assert (band.get_y(), band.get_height()) == (0.5, 1)
+
+
+def test_models_without_a_row_of_ones_own():
+    assert not plot_models({"depth (%)": {"chosen": {"A 7B": 40}}}).axes[0].patches
+
+
+def test_lines_in_panels():
+    panels = {title: {name: {-1: 1.0, 0: 2.0, 1: start} for start, name in enumerate("ABC")}
+              for title in ("bypass", "induce")}
+    figure = plot_line_panels(panels, "layer", marks={"induce": 0})
+    bypass, induce = figure.axes
+    assert len(bypass.lines) == 3 and list(induce.lines[3].get_ydata()) == [0, 0]
+    assert [list(line.get_ydata()) for line in bypass.lines] == [[1, 2, 0], [1, 2, 1], [1, 2, 2]]
+    assert len({(to_hex(line.get_color()), line.get_marker()) for line in bypass.lines}) == 3
+    assert [text.get_text() for text in induce.get_legend().get_texts()] == ["A", "B", "C"]
+    assert bypass.get_xlabel() == "layer"

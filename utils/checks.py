@@ -192,6 +192,21 @@ register(
     },
 )
 
+register(
+    models.memory_needed,
+    cases=lambda: [(1_000_000, torch.float32), (3_000, torch.bfloat16)],
+    mistakes={
+        "these are bits. A byte has eight of them, and `itemsize` counts bytes.":
+            lambda n_weights, dtype: 8 * n_weights * dtype.itemsize,
+        "each weight takes 4 bytes in your answer, whatever the dtype. `dtype.itemsize` says how many.":
+            lambda n_weights, dtype: 4 * n_weights,
+        "these are gigabytes. Return bytes.":
+            lambda n_weights, dtype: n_weights * dtype.itemsize / 1e9,
+        "this is what one weight takes. There are n_weights of them.":
+            lambda n_weights, dtype: dtype.itemsize,
+    },
+)
+
 # activations
 
 def blockwise(read):
@@ -421,6 +436,60 @@ register(
             lambda scores, *limits: directions.select_direction(scores, *limits)[::-1],
         "this is the index into the flattened table. divmod(index, n_positions) gives (layer, position index).":
             lambda scores, *limits: scores.bypass.masked_fill(~scores.passing(*limits), math.inf).argmin(),
+    },
+)
+
+
+def filters():
+    """Three filters on ten candidates, each of which fails some other ones, alone or with others."""
+    met = {"kl": torch.ones(5, 2), "induce": torch.ones(5, 2), "layer": torch.ones(5, 2)}
+    for condition, failing in {"kl": (0, 1, 2, 7), "induce": (2, 3, 7), "layer": (7, 8, 9)}.items():
+        met[condition].view(-1)[list(failing)] = 0
+    return {condition: who.bool() for condition, who in met.items()}
+
+
+register(
+    directions.kept_out_by_one,
+    cases=lambda: [(filters(),), (dict(list(filters().items())[:2]),)],
+    mistakes={
+        "these are all that fail a filter. Leave out those that fail another one too.":
+            lambda filters: {condition: ~met for condition, met in filters.items()},
+        "these are those that meet a filter alone. You want those that fail it alone.":
+            lambda filters: {condition: met & (torch.stack(list(filters.values())).sum(dim=0) == 1)
+                             for condition, met in filters.items()},
+        "these meet all other filters, whether they fail this one or not.":
+            lambda filters: {condition: torch.stack([other for name, other in filters.items() if name != condition])
+                             .all(dim=0) for condition in filters},
+        "these are counts. Return who it is: true or false for each candidate.":
+            lambda filters: {name: int(who.sum()) for name, who in directions.kept_out_by_one(filters).items()},
+    },
+)
+
+
+def tokens_with(once=2, means=2, unchanged=2, scores=3):
+    """`tokens_read` with other counts of how often a prompt is read."""
+    return lambda n_tokens, n_candidates, n_train, n_val: n_tokens * (
+        once * (n_train + n_val) + means * n_train + unchanged * n_val + scores * n_candidates * n_val)
+
+
+register(
+    directions.tokens_read,
+    cases=lambda: [(10, 7, 5, 3), (24, 40, 128, 32)],
+    mistakes={
+        "each candidate has three scores, and each score reads validation prompts of its own.":
+            tokens_with(scores=1),
+        "bypass reads harmful prompts only, induce and kl harmless only: three times n_val for a candidate, not six.":
+            tokens_with(scores=6),
+        "the filter at the start is missing: every prompt is read once to see whether the model refuses it.":
+            tokens_with(once=0),
+        "the means are missing: the training prompts are read once more, both sides.":
+            tokens_with(means=0),
+        "the unchanged model's logits are missing: it reads the validation prompts of both sides before any score.":
+            tokens_with(unchanged=0),
+        "these are prompts. Times n_tokens they are tokens.":
+            lambda n_tokens, *counts: directions.tokens_read(1, *counts),
+        "the scores are computed for every candidate, not once.":
+            lambda n_tokens, n_candidates, *counts: directions.tokens_read(n_tokens, 1, *counts),
     },
 )
 
@@ -836,6 +905,62 @@ register(
         "right, until P rounds to 1 and log(1 - P) becomes infinite. Take the logsumexp of the refusal tokens' logits "
         "minus the logsumexp of all the others.":
             lambda logits, tokens: torch.logit(logits.softmax(dim=-1)[:, tokens].sum(dim=-1)),
+    },
+)
+
+def openings():
+    """Logits of two sides: 3 opens most refusals, 1 and 4 some; 5 opens all else, and 0 is common to both."""
+    harmful = torch.tensor([[4, 0, 0, 6, 0, 0], [8, 9, 0, 0, 0, 0], [4, 0, 0, 6, 0, 0], [4, -9, 2, 6, 5, 0.0]])
+    harmless = torch.tensor([[4, 0, 0, 0, 0, 6], [4, 0, 0, 0, 0, 6], [8, -5, -9, -9, 0, 9.0]])
+    return harmful, harmless
+
+
+def opening(more, least=0.05, ascending=False):
+    """`opening_tokens` by another measure: `more(harmful, harmless)` -> [vocab]."""
+    def opening_tokens(harmful, harmless, least=least):
+        values = more(harmful, harmless)
+        order = values.argsort(descending=not ascending)
+        return order[values[order] > least].tolist()
+    return opening_tokens
+
+
+def mean_probability(logits):
+    return logits.softmax(dim=-1).mean(dim=0)
+
+
+register(
+    evaluation.opening_tokens,
+    cases=lambda: [openings(), (*openings(), 0.4)],
+    mistakes={
+        "these are the likely openings on harmful prompts. Subtract how likely they are on harmless ones.":
+            opening(lambda harmful, harmless: mean_probability(harmful)),
+        "these are the openings of answers to harmless prompts. Subtract the other way round.":
+            opening(lambda harmful, harmless: mean_probability(harmless) - mean_probability(harmful)),
+        "you compared logits. Probabilities first: softmax over the vocabulary, then the mean over the prompts.":
+            opening(lambda harmful, harmless: harmful.mean(dim=0) - harmless.mean(dim=0)),
+        "you took the mean over the prompts first. Softmax comes first, prompt by prompt.":
+            opening(lambda harmful, harmless: harmful.mean(dim=0).softmax(-1) - harmless.mean(dim=0).softmax(-1)),
+        "the most telling token stands last. Sort with descending=True.":
+            opening(lambda harmful, harmless: mean_probability(harmful) - mean_probability(harmless), ascending=True),
+        "these are in the order of their ids. Sort them by how much likelier they are.":
+            lambda *args: sorted(evaluation.opening_tokens(*args)),
+        "the limit is fixed at 0.05. Use `least`.":
+            lambda harmful, harmless, *least: evaluation.opening_tokens(harmful, harmless),
+    },
+)
+
+register(
+    evaluation.corrected_rate,
+    cases=lambda: [(0.5, 0.8, 0.1), (0.3, 0.9, 0.2), (0.02, 0.8, 0.1), (0.95, 0.8, 0.1)],
+    mistakes={
+        "you did not subtract the false alarms from what was observed.":
+            lambda observed, caught, false_alarms: min(1.0, observed / caught),
+        "you divided by the share caught. Divide by how much it exceeds the share of false alarms.":
+            lambda observed, caught, false_alarms: min(1.0, max(0.0, (observed - false_alarms) / caught)),
+        "this is what the judge would say of a true rate. Solve for the true one.":
+            lambda observed, caught, false_alarms: observed * caught + (1 - observed) * false_alarms,
+        "this can lie below 0 or above 1, and a share cannot. Cut it off there.":
+            lambda observed, caught, false_alarms: (observed - false_alarms) / (caught - false_alarms),
     },
 )
 

@@ -55,8 +55,19 @@ class CandidateScores:
         filters = self.filters(max_kl, min_induce, max_layer)
         removed = {condition: int((~met).sum()) for condition, met in filters.items()}
         strictest = max(removed, key=removed.get)
+        alone = int(kept_out_by_one(filters)[strictest].sum())
         return (f"No candidate passes the filters, and {strictest} removes most, {removed[strictest]} of "
-                f"{self.bypass.numel()}: look at the scores, and loosen a filter only where you can say why.")
+                f"{self.bypass.numel()} ({alone} of them fail nothing else): look at the scores, and loosen a filter "
+                "only where you can say why.")
+
+
+def kept_out_by_one(filters):
+    """Who fails one filter and meets all others: {condition: bool [n_layers, n_positions]}, for each filter.
+
+    filters: {condition: who meets it, bool [n_layers, n_positions]}, as `CandidateScores.filters` gives it.
+    """
+    n_met = torch.stack(list(filters.values())).sum(dim=0)
+    return {condition: ~met & (n_met == len(filters) - 1) for condition, met in filters.items()}
 
 
 def filter_prompts(prompts, metric, refused):
@@ -192,6 +203,19 @@ def find_direction(model, harmful_train, harmless_train, harmful_val, harmless_v
         no_finding(faults[0])
     layer, index = select(scores)
     return Direction(candidates[layer, index], layer, model.positions[index]), scores
+
+
+def tokens_read(n_tokens, n_candidates, n_train, n_val):
+    """How many tokens a model reads until `find_direction` has chosen. With them grow the hours that this takes.
+
+    n_tokens: of a prompt, on average. n_candidates: n_layers times n_positions, less those at layer 0 where the
+    template's tokens are the same in every prompt. n_train, n_val: prompts of each side.
+    """
+    once = 2 * (n_train + n_val)  # is it refused?
+    means = 2 * n_train
+    unchanged = 2 * n_val  # the logits that the scores start from
+    scores = 3 * n_candidates * n_val  # bypass, induce, kl
+    return n_tokens * (once + means + unchanged + scores)
 
 
 def random_directions(n, like, seed=0):

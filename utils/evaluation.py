@@ -31,6 +31,17 @@ def refusal_metric(logits, refusal_tokens):
     return logits[:, refusal].logsumexp(dim=-1) - logits[:, ~refusal].logsumexp(dim=-1)
 
 
+def opening_tokens(harmful, harmless, least=0.05):
+    """The tokens that refusals begin with, as a model itself shows them -> a list of ids, the most telling first.
+
+    harmful, harmless: logits at the last position of prompts of each side, [n, vocab] and [m, vocab]. A token's mean
+    probability is higher on harmful ones by more than `least`. (The paper reads them off answers, appendix B.)
+    """
+    more = harmful.softmax(dim=-1).mean(dim=0) - harmless.softmax(dim=-1).mean(dim=0)  # [vocab]
+    order = more.argsort(descending=True)
+    return order[more[order] > least].tolist()
+
+
 def kl_divergence(logits, changed_logits):
     """KL(P || Q) of next-token distributions, P given by the first logits, Q by the second, in nats.
 
@@ -71,6 +82,20 @@ def judge_of(model, refuses=phrase_judge):
         print("Refusals are told by a list of phrases, all else counts as compliance, broken answers too: "
               "lesson 03 measures how far such a list errs.")
     return lambda instruction, completion: "refusal" if refuses(completion) else "compliance"
+
+
+def corrected_rate(observed, caught, false_alarms):
+    """The share that truly refuses, given the share that an erring judge calls refusal (Rogan and Gladen, 1978).
+
+    observed = true · caught + (1 - true) · false_alarms, solved for true and kept from 0 to 1. caught: the share of
+    refusals that the judge finds; false_alarms: the share of other answers that it takes for refusals. Both are
+    measured where the truth is known, and hold elsewhere only if the judge errs there as often.
+    Raises ValueError if caught is not above false_alarms: such a judge tells nothing.
+    """
+    if caught <= false_alarms:
+        raise ValueError(f"A judge that finds {caught:.0%} of refusals, with {false_alarms:.0%} false alarms, tells "
+                         "nothing about their rate: take another judge.")
+    return min(1.0, max(0.0, (observed - false_alarms) / (caught - false_alarms)))
 
 
 def wilson(successes, n, z=1.96):

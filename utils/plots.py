@@ -370,6 +370,56 @@ def plot_roc(curves):
     return axis
 
 
+def plot_models(panels, yours=None, marks=None):
+    """A row for each model, a panel for each title, a point for each condition. Returns the Figure.
+
+    panels: {title: {condition: {model: number}}}; rows stand in the order in which models first appear. yours: the
+    model whose row has a band behind it. marks: {title: where to draw a dashed line}.
+    """
+    rows = [row for conditions in panels.values() for row in conditions.values()]
+    models = list(dict.fromkeys(model for row in rows for model in row))
+    size = (2 + 1.7 * len(panels), 1.3 + 0.24 * len(models))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, (title, conditions) in zip(axes[0], panels.items()):
+        for condition, row in conditions.items():
+            axis.plot(list(row.values()), [models.index(model) for model in row], "o", markersize=6, alpha=0.85,
+                      color=COLORS.get(condition, COLORS["chosen"]), label=condition)
+        if yours in models:
+            place = models.index(yours)
+            axis.axhspan(place - 0.5, place + 0.5, color=COLORS["random"], alpha=0.5, zorder=0)
+        if title in (marks or {}):
+            axis.axvline(marks[title], color=COLORS["chosen"], linestyle="--", linewidth=1)
+        if len(conditions) > 1:
+            axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.15))
+        axis.set_title(title, fontsize=9)
+        axis.grid(axis="y", linewidth=0.4)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_yticks(range(len(models)), models)
+    axes[0, 0].set_ylim(len(models) - 0.5, -0.5)  # the first on top
+    return figure
+
+
+def plot_line_panels(panels, xlabel, marks=None):
+    """A line for each name, with a shade and a marker of its own, a panel for each title. Returns the Figure.
+
+    panels: {title: {name: {number: value}}}, the same names in all. marks: {title: where to draw a dashed line}.
+    """
+    size = (1.5 + 2.6 * len(panels), 3.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, lines) in zip(axes[0], panels.items()):
+        shades = plt.get_cmap("viridis")([place / len(lines) for place in range(len(lines))])
+        for shade, marker, (name, values) in zip(shades, "osD^vP*X", lines.items()):
+            axis.plot(list(values), list(values.values()), marker=marker, markersize=5, alpha=0.8, color=shade,
+                      label=name)
+        if title in (marks or {}):
+            axis.axhline(marks[title], color=COLORS["chosen"], linestyle="--", linewidth=1)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(xlabel)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def completions_table(instructions, **columns):
     """Answers side by side, an HTML table: a row for each instruction, a column for each named list of texts.
 
