@@ -390,8 +390,10 @@ def plot_models(panels, yours=None, marks=None):
         if title in (marks or {}):
             axis.axvline(marks[title], color=COLORS["chosen"], linestyle="--", linewidth=1)
         if len(conditions) > 1:
-            axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.15))
+            axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
         axis.set_title(title, fontsize=9)
+        axis.locator_params(axis="x", nbins=4)
+        axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="y", linewidth=0.4)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_yticks(range(len(models)), models)
@@ -408,9 +410,9 @@ def plot_line_panels(panels, xlabel, marks=None):
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes[0], panels.items()):
         shades = plt.get_cmap("viridis")([place / len(lines) for place in range(len(lines))])
-        for shade, marker, (name, values) in zip(shades, "osD^vP*X", lines.items()):
-            axis.plot(list(values), list(values.values()), marker=marker, markersize=5, alpha=0.8, color=shade,
-                      label=name)
+        for place, (name, values) in enumerate(lines.items()):  # smaller and smaller, so that none is hidden
+            axis.plot(list(values), list(values.values()), marker="osD^vP*X"[place % 8], markersize=max(3, 9 - place),
+                      color=shades[place], label=name)
         if title in (marks or {}):
             axis.axhline(marks[title], color=COLORS["chosen"], linestyle="--", linewidth=1)
         axis.set_title(title, fontsize=9)
