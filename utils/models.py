@@ -3,6 +3,7 @@ import json
 import os
 import warnings
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 import nnsight
@@ -23,7 +24,12 @@ ORGANISM = DATA / "organism"
 RENAME = {
     "gpt_neox": "model", "embed_in": "embed_tokens", "final_layer_norm": "norm", "embed_out": "lm_head",
     "attention": "self_attn", "attention.dense": "attention.o_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
+    # Models that also take images (Gemma 3 from 4B on) hold the language model one level deeper.
+    "model.language_model.embed_tokens": "model.embed_tokens", "model.language_model.layers": "model.layers",
+    "model.language_model.norm": "model.norm",
 }
+PARTS, LAYER_PARTS = ("model.embed_tokens", "model.layers", "model.norm", "lm_head"), ("self_attn", "mlp")
+LAYER_NORMS = {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
 
 SMALLER = 'choose a smaller model, close other programs, or try device="auto" (all GPUs) or remote=True (NDIF).'
 
@@ -50,8 +56,9 @@ def load_model(name=None, dtype=None, device=None, remote=False):
     there. For this one needs a key.
 
     Raises FileNotFoundError for a name or folder that is not there, OSError for files that are damaged or
-    out of reach, ValueError for a model that is not a chat model or does not run on NDIF, MemoryError for one that does
-    not fit, ImportError for "auto" without `accelerate`, PermissionError for `remote` without a key.
+    out of reach, ValueError for a model that is not a chat model, or of a family with other parts, or does not run on
+    NDIF, MemoryError for one that does not fit, ImportError for "auto" without `accelerate`, PermissionError for
+    `remote` without a key.
 
     Neither "auto" on several GPUs nor `remote` on NDIF itself has been tried: the tests imitate both.
     """
@@ -195,19 +202,24 @@ class ChatModel:
     lm                the nnsight model: `with model.lm.trace(inputs) as tracer: ...`. Its parts, by the same
                       names on every architecture: `lm.model.embed_tokens`, `lm.model.layers[i].self_attn`
                       (with `.o_proj`) and `.mlp` (with `.down_proj`), `lm.model.norm`, `lm.lm_head`
+    config            transformers' settings of the language model, such as `num_attention_heads`
     layers            `lm.model.layers`, as a list; also `n_layers`, `d_model`
     post_norms        True if what attention and MLP write is normalised before it is added (Gemma 2, 3, OLMo 2)
     post_instruction  the template's tokens after the instruction, as strings (paper, section 2.1)
     positions         theirs, counted from the end: [-n, ..., -1]
-    remote            True if it runs on NDIF: its weights are not here, and cannot be edited
+    remote            True if it runs on NDIF: its weights are not here
+    editable          True if its weights are here, and attention and MLP write by one matrix each, not by experts
     refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); may be set
     """
 
     def __init__(self, lm, tokenizer, name, refusal_tokens):
         self.lm, self.tokenizer, self.name, self.refusal_tokens = lm, tokenizer, name, refusal_tokens
         self.remote = isinstance(lm, RemoteModel)
-        self.layers = list(lm.model.layers)
-        self.n_layers, self.d_model = len(self.layers), lm.config.hidden_size
+        _check_parts(lm, name)
+        self.layers, self.config = list(lm.model.layers), lm.config.get_text_config()
+        self.n_layers, self.d_model = len(self.layers), self.config.hidden_size
+        self.editable = not self.remote and all(_has(layer, matrix) for layer in self.layers
+                                                for matrix in ("self_attn.o_proj", "mlp.down_proj"))
         self.post_norms = hasattr(self.layers[0]._module, "post_feedforward_layernorm")
         self.post_instruction = self._find_post_instruction()
         self.positions = list(range(-len(self.post_instruction), 0))
@@ -273,6 +285,25 @@ class ChatModel:
             raise ValueError(f"The chat template of {self.name!r} puts no tokens after the instruction: "
                              "choose a model whose template does.")
         return [self.tokenizer.decode([token]) for token in tail]
+
+
+def _check_parts(lm, name):
+    """Are the parts there that every lesson reads, and no norms behind attention and MLP that would be overlooked?"""
+    lacks = [f"lacks {part}" for part in PARTS if not _has(lm, part)]
+    lacks = lacks or [f"lacks {part} in a layer" for part in LAYER_PARTS for layer in lm.model.layers
+                      if not _has(layer, part)]
+    names = set() if lacks else {part for layer in lm.model.layers for part, _ in layer._module.named_children()}
+    strange = lacks + [f"has {part}" for part in sorted(names - LAYER_NORMS) if "norm" in part]
+    if strange:
+        raise ValueError(f"{name!r} is a {type(lm._module).__name__}, which, unlike Llama, {strange[0]}: choose a "
+                         "model of another family, or give its parts their names in RENAME, in utils/models.py.")
+
+
+def _has(lm, part):
+    try:
+        return attrgetter(part)(lm) is not None
+    except AttributeError:
+        return False
 
 
 def shared_tail(one, two):
