@@ -9,11 +9,14 @@ from pathlib import Path
 import nnsight
 import psutil
 import torch
+from httpx import HTTPError
 from huggingface_hub.errors import GatedRepoError
 from nnsight import TransformersModel
+from nnsight.intervention.backends.remote import RemoteBackend
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 from transformers.utils import is_accelerate_available
+from websocket import WebSocketException
 
 from utils import DATA
 from utils.instructions import as_texts
@@ -57,8 +60,8 @@ def load_model(name=None, dtype=None, device=None, remote=False):
 
     Raises FileNotFoundError for a name or folder that is not there, OSError for files that are damaged or
     out of reach, ValueError for a model that is not a chat model, or of a family with other parts, or does not run on
-    NDIF, MemoryError for one that does not fit, ImportError for "auto" without `accelerate`, PermissionError for
-    `remote` without a key.
+    NDIF, and for a device that is not here, MemoryError for a model that does not fit, ImportError for "auto" without
+    `accelerate`, PermissionError for `remote` without a key.
 
     Neither "auto" on several GPUs nor `remote` on NDIF itself has been tried: the tests imitate both.
     """
@@ -140,14 +143,27 @@ def best_device():
 def devices_of(device):
     """What a model is loaded on, a list of torch devices: one, or with "auto" all GPUs, where there are several.
 
-    Raises ImportError without `accelerate`, which spreads a model over them.
+    Raises ValueError for a device that is not here, ImportError without `accelerate`, which spreads a model over GPUs.
     """
-    n_gpus = torch.cuda.device_count()
-    if device != "auto" or n_gpus < 2:
-        return [torch.device(best_device() if device == "auto" else device)]
+    gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if device != "auto" or len(gpus) < 2:
+        return [_device(best_device() if device == "auto" else device)]
     if not is_accelerate_available():
         raise ImportError('A model is spread over several GPUs with the library "accelerate": pip install accelerate.')
-    return [torch.device("cuda", number) for number in range(n_gpus)]
+    return gpus
+
+
+def _device(name):
+    """The torch device of this name, if it is one and is here."""
+    counts = {best_device(): torch.accelerator.device_count(), "cpu": 1}
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no device at all, such as "gpu"
+        device = torch.device("meta")
+    if (device.index or 0) >= counts.get(device.type, 0):
+        here = [f"{kind}:{number}" for kind, n in counts.items() if kind != "cpu" for number in range(n)]
+        raise ValueError(f"There is no device {str(name)!r} here: choose {', '.join(['cpu', *here])} or auto.")
+    return device
 
 
 def best_dtype(n_weights, stored, device):
@@ -184,13 +200,25 @@ def untrained(model, seed=0):
                      model.refusal_tokens)
 
 
+class Ndif(RemoteBackend):
+    """nnsight's way to NDIF. What may go wrong on the way, of many kinds, becomes a ConnectionError with a sentence."""
+
+    def request(self, request, tracer):
+        try:
+            return super().request(request, tracer)
+        except (OSError, HTTPError, WebSocketException, json.JSONDecodeError) as error:
+            raise ConnectionError(f"NDIF is out of reach, or has broken off ({_reason(error)}): "
+                                  "look whether print(nnsight.status()) finds it, and try again.") from error
+
+
 class RemoteModel(TransformersModel):
     """An nnsight model without weights: every trace of it, generation too, runs on NDIF."""
 
     def trace(self, *inputs, fn=None, **options):
         if fn is not None:  # generation
             options.setdefault("repetition_penalty", 1.0)  # some checkpoints punish it; the course decodes plainly
-        return super().trace(*inputs, fn=fn, remote=True, **options)
+        backend = Ndif(self.to_model_key(), env=self._remoteable_get_env())  # what nnsight takes for `remote=True`
+        return super().trace(*inputs, fn=fn, backend=backend, **options)
 
     def _remoteable_class(self):
         return TransformersModel  # the class that NDIF knows its models by
@@ -367,9 +395,13 @@ def _load(name, load, source, **options):
         if isinstance(error.__cause__, GatedRepoError):
             raise OSError(f"{name!r} is gated: accept its licence at https://huggingface.co/{source}, then run "
                           "`hf auth login` with a token of that account, and load it again.") from error
-        reason = str(error).strip().split("\n")[0].rstrip(".: ")
-        raise OSError(f"{name!r} could not be loaded ({reason}): check the spelling, that the folder is whole "
+        raise OSError(f"{name!r} could not be loaded ({_reason(error)}): check the spelling, that the folder is whole "
                       "or the hub is in reach, and `hf auth login` if there is a licence to accept.") from error
+
+
+def _reason(error):
+    """The first line of an error's message, to stand within a sentence; its kind, if it says nothing."""
+    return str(error).strip().split("\n")[0].rstrip(".: ") or type(error).__name__
 
 
 @contextmanager
