@@ -1,6 +1,7 @@
-"""The residual stream is what plain transformers reports as hidden states, prompt by prompt."""
+"""The residual stream is what enters each layer of the plain transformers model, prompt by prompt."""
 import pytest
 import torch
+from plain_hooks import plain_streams
 
 from utils.activations import (
     attention_shares,
@@ -14,25 +15,17 @@ from utils.activations import (
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, a car"]
 
 
-def hidden_states(model, prompt, positions):
-    """[n_layers, n_positions, d_model] of one prompt, without nnsight and without padding."""
-    states = model.lm._module(**model.encode([prompt]), output_hidden_states=True).hidden_states
-    return torch.stack(states[:-1])[:, 0, positions]  # the last one is what leaves the last layer
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_residual_stream_is_the_hidden_states(model, batch_size):
+def test_residual_stream_is_what_enters_the_layers(model, batch_size):
     streams = residual_stream(model, PROMPTS, batch_size=batch_size)
     assert streams.shape == (4, 4, 5, 32)
-    for stream, prompt in zip(streams, PROMPTS):
-        torch.testing.assert_close(stream, hidden_states(model, prompt, model.positions), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(streams, plain_streams(model, PROMPTS, model.positions), rtol=0, atol=1e-5)
     assert (streams[0] - streams[1])[1:].abs().max() > 0.1  # or the order of prompts would not be tested
 
 
 def test_positions_may_be_chosen(llama):
     streams = residual_stream(llama, PROMPTS, positions=[-3, -7])
-    for stream, prompt in zip(streams, PROMPTS):
-        torch.testing.assert_close(stream, hidden_states(llama, prompt, [-3, -7]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(streams, plain_streams(llama, PROMPTS, [-3, -7]), rtol=0, atol=1e-5)
 
 
 def test_trace_of_one_batch(llama):

@@ -102,6 +102,14 @@ def test_interventions_follow_the_layers(both, change):
     assert answers == generate(one, PROMPTS, change, 3)
 
 
+@pytest.mark.parametrize("change", [Ablation, lambda r: Addition(r, 3)], ids=["ablation", "addition"])
+def test_a_direction_on_another_device_comes_to_the_model(both, change):
+    one, two = both
+    with TwoDevices():
+        logits = last_logits(two, PROMPTS, change(mark(randn(32), far=True)))
+    torch.testing.assert_close(logits, last_logits(one, PROMPTS, change(randn(32))))
+
+
 def test_readings_come_together(both):
     one, two = both
     with TwoDevices():
@@ -140,7 +148,9 @@ def folder(tmp_path):
 @pytest.fixture
 def two_gpus(monkeypatch):
     """Two GPUs, each with room for two thirds of the tiny model in float32."""
+    monkeypatch.setattr(models, "best_device", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(47_700 * 4 * 2 / 3), None))
     monkeypatch.setattr(models, "is_accelerate_available", lambda: True)
 
@@ -168,6 +178,13 @@ def test_auto_without_accelerate(folder, two_gpus, monkeypatch):
     monkeypatch.setattr(models, "is_accelerate_available", lambda: False)
     with pytest.raises(ImportError, match="pip install accelerate"):
         load_model(folder, device="auto")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:2", "mps", "meta", "cpu:1", "cuda:0,cpu"])
+def test_devices_that_are_not_here(two_gpus, device):
+    with pytest.raises(ValueError, match=f"no device '{device}' here: choose cpu, cuda:0, cuda:1 or auto"):
+        models.devices_of(device)
+    assert models.devices_of("cuda:1") == [torch.device("cuda:1")] and models.devices_of("cpu") == [torch.device("cpu")]
 
 
 def test_a_model_stays_on_the_cpu_if_told_to(folder, monkeypatch):

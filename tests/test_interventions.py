@@ -1,13 +1,9 @@
-"""Interventions in nnsight traces equal the same ones written as plain PyTorch hooks: logits and generated tokens.
-
-The hooks are written by the formulas, on their own: they share no code with `utils`.
-"""
-from contextlib import ExitStack
-
+"""Interventions in nnsight traces equal the same ones written as plain PyTorch hooks: logits and generated tokens."""
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_hooks import plain_logits, plain_tokens
 
 from utils.interventions import (
     Ablation,
@@ -25,80 +21,10 @@ from utils.interventions import (
 )
 
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, a car"]  # of unequal lengths
-POST_NORM = {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM"}
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-# the plain hooks
-
-def erase(x, directions):
-    """x [batch, n_tokens, d_model] without its part along each row's direction."""
-    rows = []
-    for row, direction in zip(x, directions):
-        projection = torch.outer(direction, direction) / direction.dot(direction)
-        rows.append(row - row @ projection)
-    return torch.stack(rows)
-
-
-class Hooks:
-    """Plain PyTorch hooks on a model: `with Hooks(model, ablate=directions)`, or `add=(layer, vectors)`.
-
-    directions, vectors: [n_prompts, d_model]. prompt_only: a mistake, to leave generated tokens as they are.
-    """
-
-    def __init__(self, model, ablate=None, add=None, prompt_only=False):
-        self.module, self.ablate, self.add, self.prompt_only = model.lm._module, ablate, add, prompt_only
-
-    def __enter__(self):
-        self.stack = ExitStack()
-        base = getattr(self.module, "model", None) or self.module.gpt_neox
-        for number, layer in enumerate(base.layers):
-            if self.ablate is not None:
-                self.before(layer, lambda x: erase(x, self.ablate))
-                if type(self.module).__name__ in POST_NORM:
-                    writers = [layer.post_attention_layernorm, layer.post_feedforward_layernorm]
-                else:
-                    writers = [getattr(layer, "self_attn", None) or layer.attention, layer.mlp]
-                for writer in writers:
-                    self.after(writer, lambda x: erase(x, self.ablate))
-            if self.add is not None and self.add[0] == number:
-                self.before(layer, lambda x: x + self.add[1][:, None])
-
-    def __exit__(self, *error):
-        self.stack.close()
-
-    def before(self, module, change):
-        def hook(module, args, kwargs):
-            if args:
-                return (self.changed(args[0], change), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": self.changed(kwargs["hidden_states"], change)}
-        self.stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-    def after(self, module, change):
-        def hook(module, args, output):
-            if isinstance(output, tuple):
-                return (self.changed(output[0], change), *output[1:])
-            return self.changed(output, change)
-        self.stack.callback(module.register_forward_hook(hook).remove)
-
-    def changed(self, x, change):
-        return x if self.prompt_only and x.shape[1] == 1 else change(x)
-
-
-def plain_logits(model, prompts, **hooks):
-    with Hooks(model, **hooks):
-        return model.lm._module(**model.encode(prompts)).logits[:, -1]
-
-
-def plain_tokens(model, prompts, n=6, **hooks):
-    """The ids that plain transformers generates after the prompts."""
-    inputs = model.encode(prompts)
-    with Hooks(model, **hooks):
-        ids = model.lm._module.generate(**inputs, max_new_tokens=n, do_sample=False)
-    return ids[:, inputs["input_ids"].shape[1]:].tolist()
 
 
 def tokens(model, prompts, intervention=None, n=6, **options):

@@ -94,7 +94,7 @@ def test_post_instruction_tokens_of_a_template_in_plain_words(tmp_path):
 # the model
 
 def test_parts_have_the_same_names_everywhere(model):
-    width, vocab = model.d_model, model.lm.config.vocab_size
+    width, vocab = model.d_model, model.config.vocab_size
     assert (model.n_layers, width) == (4, 32)
     for layer in model.layers:
         assert layer.self_attn.o_proj.weight.shape == (width, width)

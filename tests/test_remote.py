@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import cloudpickle
+import httpx
 import matplotlib
 import nnsight
 import pytest
 import torch
+import websocket
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.schema.request import RequestModel
@@ -218,11 +220,22 @@ def nothing_is_asked(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def test_a_missing_key(nothing_is_asked, monkeypatch, tmp_path, capsys):
+def test_a_missing_key(nothing_is_asked, monkeypatch):
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", None)
-    assert reproduce.main(["someone/large", "--remote", "--out", str(tmp_path)]) == 1
-    [sentence] = capsys.readouterr().err.splitlines()
-    assert "get one at https://login.ndif.us" in sentence and "NDIF_API_KEY" in sentence
+    with pytest.raises(PermissionError, match="get one at https://login.ndif.us.*NDIF_API_KEY"):
+        load_model("someone/large", remote=True)
+
+
+@pytest.mark.parametrize("error", [
+    websocket.WebSocketConnectionClosedException("Connection to remote host was lost."), httpx.ReadTimeout("timed out"),
+    ConnectionRefusedError(111, "Connection refused"), json.JSONDecodeError("Expecting value", "", 0)])
+def test_what_breaks_off_on_the_way_is_a_sentence(remote, monkeypatch, error):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(RemoteBackend, "request", fail)
+    for call in (last_logits, generate):
+        with pytest.raises(ConnectionError, match=r"out of reach, or has broken off \(.*\): look .* try again.$"):
+            call(remote, PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["organism", "someone/large"])

@@ -1,18 +1,22 @@
 """The whole experiment by one command: its numbers, its resumption, its one sentence when something is wrong."""
 import json
 import os
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import matplotlib
+import nnsight
 import pytest
 import torch
+from nnsight.intervention.backends.remote import RemoteError
 from planted_model import planted_directions, planted_prompts, save_planted
 from tiny_models import save_tiny, tiny_tokenizer
 
-from utils import reproduce
-from utils.instructions import Instruction, load_instructions
+from utils import reproduce, write_json
+from utils.instructions import Instruction
+from utils.models import load_model
 
 matplotlib.use("Agg")
 MARKS = {"harmful": "#", "harmless": "+"}
@@ -26,13 +30,25 @@ def planted(tmp_path_factory):
     return str(folder)
 
 
+def load_marked(split, side, n=8):
+    """Prompts that the planted model understands, in place of the course's."""
+    texts = planted_prompts(MARKS[side], n, seed=len(split))
+    return [Instruction(id=text, text=text, side=side) for text in texts]
+
+
 @pytest.fixture
 def its_prompts(monkeypatch):
-    """Prompts that the planted model understands, in place of the course's."""
-    def load(split, side, n=8):
-        texts = planted_prompts(MARKS[side], n, seed=len(split))
-        return [Instruction(id=text, text=text, side=side) for text in texts]
-    monkeypatch.setattr(reproduce, "load_instructions", load)
+    monkeypatch.setattr(reproduce, "load_instructions", load_marked)
+
+
+@pytest.fixture(scope="module")
+def whole(planted, tmp_path_factory):
+    """The folder of a run from beginning to end, with two prompts of each side."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "load_instructions", load_marked)
+        reproduce.reproduce(planted, folder, n=2)
+    return folder
 
 
 def test_the_planted_direction_does_what_it_should(planted, its_prompts, tmp_path):
@@ -55,8 +71,9 @@ def test_the_planted_direction_does_what_it_should(planted, its_prompts, tmp_pat
     assert reproduce.row(results).count("|") == reproduce.HEAD.splitlines()[0].count("|")
 
 
-def test_interrupted_anywhere_and_run_again_it_gives_the_same_numbers(planted, its_prompts, tmp_path, monkeypatch):
-    whole = reproduce.reproduce(planted, tmp_path / "whole", n=2)
+def test_interrupted_anywhere_and_run_again_it_gives_the_same_numbers(planted, whole, its_prompts, tmp_path,
+                                                                      monkeypatch):
+    expected = json.loads((whole / "results.json").read_text())
     write, left = reproduce.write_json, [0]
 
     def one_then_none(path, content):
@@ -74,13 +91,13 @@ def test_interrupted_anywhere_and_run_again_it_gives_the_same_numbers(planted, i
             results = reproduce.reproduce(planted, tmp_path / "cut", n=2)
         except KeyboardInterrupt:
             interrupts += 1
-    assert results == whole
-    assert interrupts == len(list((tmp_path / "whole").glob("*.json"))) - 1
+    assert results == expected
+    assert interrupts == len(list(whole.glob("*.json"))) - 1
 
     for step in ("direction_of", "answers", "own_losses"):  # what is done is not done again
         monkeypatch.setattr(reproduce, step, None)
     left[0] = 1
-    assert reproduce.reproduce(planted, tmp_path / "cut", n=2) == whole
+    assert reproduce.reproduce(planted, tmp_path / "cut", n=2) == expected
 
 
 def test_the_organism_by_the_command(tmp_path, capsys):
@@ -95,57 +112,123 @@ def test_the_organism_by_the_command(tmp_path, capsys):
     assert exact["harmless", "baseline"] == exact["harmless", "ablated"] == 0 and exact["harmless", "added"] >= 5
 
 
+def test_where_weights_cannot_be_edited_it_does_without(planted, whole, its_prompts, tmp_path, monkeypatch, capsys):
+    def load(*args, **options):
+        model = load_model(*args, **options)
+        model.editable = False
+        return model
+    monkeypatch.setattr(reproduce, "load_model", load)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "harmful-orthogonalized.json").unlink()
+    assert reproduce.main([planted, "--out", str(tmp_path), "--n", "2"]) == 0
+    assert 'no "orthogonalized": no single matrix writes' in capsys.readouterr().out
+    assert "orthogonalized" not in json.loads((tmp_path / "results.json").read_text())["refused"]["harmful"]
+
+
 # what is wrong, in one sentence
 
-def fails(capsys, *arguments):
+def organism_run(folder, **changes):
+    """A folder as a run with the organism leaves it after its first step, but for some changes."""
+    found = {"vector": [1.0] * 192, "layer": 4, "position": -1, "scores": {}, **changes}
+    folder.mkdir()
+    write_json(folder / "settings.json", {"model": "organism", "n": 2, "remote": False})
+    write_json(folder / "direction.json", found)
+    return ["organism"]
+
+
+def tiny(tmp_path, **options):
+    return Path(save_tiny(tmp_path / "tiny", **options))
+
+
+def no_template(tmp_path, request):
+    folder = tiny(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    tiny_tokenizer(template=None).save_pretrained(folder)
+    return [folder]
+
+
+def corrupt(tmp_path, request):
+    folder = tiny(tmp_path)
+    os.truncate(folder / "model.safetensors", 1000)
+    return [folder]
+
+
+def of_another_shape(tmp_path, request):
+    folder = tiny(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    return [folder]
+
+
+def no_key(tmp_path, request):
+    request.getfixturevalue("monkeypatch").setattr(nnsight.CONFIG.API, "APIKEY", None)
+    return ["someone/large", "--remote"]
+
+
+def gated(status):
+    def prepare(tmp_path, request):
+        request.getfixturevalue("gated_hub")(status)
+        return ["somebody/gated-chat"]
+    return prepare
+
+
+def out_of_reach(tmp_path, request):
+    request.getfixturevalue("monkeypatch").setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return ["nobody/nothing"]
+
+
+BASE = "{{ bos_token }}{{ messages[0]['content'] }}"  # a template that joins texts, and marks no turns
+BAD_INPUTS = {
+    "unknown name": (lambda *_: ["organsim"], "There is no model 'organsim'"),
+    "unknown hub id": (out_of_reach, "'nobody/nothing' could not be loaded"),
+    "gated: not logged in": (gated(401), "is gated: accept its licence at https://huggingface.co/somebody/gated-chat,"),
+    "gated: licence not accepted": (gated(403), "is gated: accept its licence"),
+    "no template": (no_template, "has no chat template: choose the instruct or chat version"),
+    "empty list": (lambda *_: ["organism", "--n", 0], "choose n from 1 to"),
+    "more prompts than there are": (lambda *_: ["organism", "--n", 100_000], "choose n from 1 to"),
+    "wrong shape: weights": (of_another_shape, "have not the shapes that its config.json says"),
+    "wrong shape: direction": (lambda at, _: organism_run(at / "out", vector=[1.0] * 16), "of 'organism' is a list of"),
+    "wrong shape: scores": (lambda at, _: organism_run(at / "out"), "direction.json is damaged (it lacks 'bypass')"),
+    "corrupt safetensors": (corrupt, "are damaged"),
+    "missing NDIF key": (no_key, "get one at https://login.ndif.us"),
+    "negative layer": (lambda at, _: organism_run(at / "out", layer=-1), "there is no layer -1, only 0 to"),
+    "a position that is none": (lambda at, _: organism_run(at / "out", position=3), "there is no position 3, only -"),
+    "mixed devices: a GPU that is not here": (lambda at, _: ["organism", "--device", "cuda:7"], "no device 'cuda:7'"),
+    "mixed devices: two at once": (lambda at, _: ["organism", "--device", "cpu,mps"], "no device 'cpu,mps' here"),
+    "mixed devices: no device": (lambda at, _: ["organism", "--device", "gpu"], "no device 'gpu' here: choose cpu"),
+    "base model": (lambda at, _: [tiny(at, template=BASE)], "puts no tokens after the instruction: choose"),
+    "unknown family": (lambda at, _: [tiny(at, architecture="gpt2")], "GPT2LMHeadModel, which, unlike Llama, lacks"),
+}
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sentence_of(capsys, arguments):
+    """The one line that the command leaves on stderr, beside progress bars, when it fails."""
     assert reproduce.main([str(argument) for argument in arguments]) == 1
-    error = capsys.readouterr().err.strip().splitlines()
-    return error[-1]
+    [sentence] = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
+    assert sentence.endswith(".")
+    return sentence
+
+
+@pytest.mark.parametrize("prepare, words", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_inputs(prepare, words, tmp_path, request, capsys):
+    """Exit status 1 after one sentence, all files as they were, and no folder for results that will never be."""
+    arguments = prepare(tmp_path, request)
+    before = files(tmp_path)
+    n = [] if "--n" in arguments else ["--n", 2]
+    assert words in sentence_of(capsys, [*arguments, *n, "--out", tmp_path / "out"])
+    assert files(tmp_path) == before and (tmp_path / "out").exists() == ("out" in {path.parent.name for path in before})
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return Path(save_tiny(tmp_path / "tiny"))
-
-
-def test_a_folder_with_another_run_or_a_damaged_file(planted, its_prompts, tmp_path, capsys):
-    assert reproduce.main([planted, "--out", str(tmp_path), "--n", "2"]) == 0
-    assert "holds a run with other settings" in fails(capsys, planted, "--out", tmp_path, "--n", 3)
-    os.truncate(tmp_path / "direction.json", 100)
-    assert "direction.json is damaged" in fails(capsys, planted, "--out", tmp_path, "--n", 2)
-
-
-def test_bad_models(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    out = ("--out", tmp_path / "out", "--n", 2)
-    assert "There is no model 'organsim'" in fails(capsys, "organsim", *out)
-    assert "could not be loaded" in fails(capsys, "nobody/nothing", "--out", tmp_path / "hub", "--n", 2)
-    assert "holds" not in fails(capsys, folder, "--out", tmp_path / "random", "--n", 2)  # noise refuses nothing, or all
-    os.truncate(folder / "model.safetensors", 1000)
-    assert "are damaged" in fails(capsys, folder, "--out", tmp_path / "damaged", "--n", 2)
-    (folder / "chat_template.jinja").unlink()
-    tiny_tokenizer(template=None).save_pretrained(folder)
-    assert "has no chat template" in fails(capsys, folder, "--out", tmp_path / "base", "--n", 2)
-
-
-def test_a_base_model_whose_template_only_joins_texts(tmp_path, capsys):
-    folder = save_tiny(tmp_path / "base", template="{{ bos_token }}{{ messages[0]['content'] }}")
-    assert "puts no tokens after the instruction: choose a model whose template does" in \
-        fails(capsys, folder, "--out", tmp_path / "out", "--n", 2)
-
-
-def test_weights_of_another_shape(folder, tmp_path, capsys):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    assert "have not the shapes that its config.json says" in fails(capsys, folder, "--out", tmp_path / "out", "--n", 2)
-
-
-@pytest.mark.parametrize("status", [401, 403])  # not logged in; logged in, but the licence is not accepted
-def test_a_gated_model(status, tmp_path, capsys, monkeypatch):
-    """As the hub answers, by a server of our own."""
+def gated_hub(monkeypatch):
+    """As the hub answers, by a server of our own: call this with the status that it answers with."""
     class Gate(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(status)
+            self.send_response(Gate.status)
             self.send_header("X-Error-Code", "GatedRepo")
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -161,13 +244,40 @@ def test_a_gated_model(status, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
                             hub + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        error = fails(capsys, "somebody/gated-chat", "--out", tmp_path, "--n", 2)
+        yield lambda status: setattr(Gate, "status", status)
         server.shutdown()
-    assert error == ("'somebody/gated-chat' is gated: accept its licence at https://huggingface.co/somebody/"
-                     "gated-chat, then run `hf auth login` with a token of that account, and load it again.")
 
 
-def test_more_prompts_than_there_are(tmp_path, capsys):
-    n = len(load_instructions("test", "harmful"))
-    assert f"choose n from 1 to {n}, not {n + 1}" in fails(capsys, "organism", "--out", tmp_path, "--n", n + 1)
-    assert "choose n from 1" in fails(capsys, "organism", "--out", tmp_path / "0", "--n", 0)
+@pytest.mark.parametrize("n, out, damage, words", [
+    (3, "", {}, "holds a run with other settings"),
+    (2, "results.json", {}, "is a file: choose a folder"),
+    (2, "", {"settings.json": ""}, "settings.json is damaged"),
+    (2, "", {"direction.json": '{"vector": [0.1'}, "direction.json is damaged"),
+    (2, "", {"harmless-added.json": '{"metric": [], "answers": []}'}, "does not hold 2 answers"),
+])
+def test_a_folder_with_another_run_or_a_damaged_file(planted, whole, its_prompts, tmp_path, capsys, n, out, damage,
+                                                     words):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for name, content in damage.items():
+        (tmp_path / name).write_text(content)
+    before = files(tmp_path)
+    assert words in sentence_of(capsys, [planted, "--out", tmp_path / out, "--n", n])
+    assert files(tmp_path) == before
+
+
+def test_noise_has_no_direction(tmp_path, capsys):
+    assert "holds" not in sentence_of(capsys, [tiny(tmp_path), "--out", tmp_path / "out", "--n", 2])
+
+
+@pytest.mark.parametrize("error, words", [
+    (RemoteError("Traceback (most recent call last):\n  File ...\nRuntimeError: CUDA error"),
+     "NDIF could not do it (RuntimeError: CUDA error): run again later"),
+    (RemoteError(""), "(no reason given)"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried ..."), "does not: choose a smaller model"),
+    (ImportError("pip install accelerate."), "pip install accelerate."),
+])
+def test_what_breaks_off_on_the_way(error, words, tmp_path, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise error
+    monkeypatch.setattr(reproduce, "load_model", fail)
+    assert words in sentence_of(capsys, ["someone/large", "--remote", "--out", tmp_path])

@@ -44,36 +44,46 @@ def tiny_tokenizer(template=TEMPLATE):
 # architecture, as `model_type` in a checkpoint's config: what a tiny one needs beside its size
 ARCHITECTURES = {
     "llama": {"tie_word_embeddings": True},
-    "mistral": {"sliding_window": 16},
+    "mistral": {"sliding_window": 8},  # shorter than any prompt
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8, "tie_word_embeddings": True},
-    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "tie_word_embeddings": False},
-    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "tie_word_embeddings": False},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "tie_word_embeddings": True,
+                    "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3": {},  # the same with eyes, as Gemma 3 has them from 4B on
     "phi3": {},
     "olmo2": {},
     "gpt_neox": {},
 }
 
 
-def tiny_model(architecture, vocab_size, eos_token_id):
-    """A random model of 4 layers and width 32, its weights large enough for a change to show in the logits."""
+EYES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 4,
+        "patch_size": 2}
+
+
+def tiny_config(architecture, vocab_size, eos_token_id, **more):
+    """4 layers of width 32, and weights large enough for a change to show in the logits."""
+    if architecture == "gemma3":
+        text = tiny_config("gemma3_text", vocab_size, eos_token_id)
+        return CONFIG_MAPPING["gemma3"](text_config=text, vision_config=EYES, mm_tokens_per_image=4,
+                                        tie_word_embeddings=True)
     heads = {} if architecture == "gpt_neox" else {"num_key_value_heads": 2}
-    config = CONFIG_MAPPING[architecture](
+    return CONFIG_MAPPING[architecture](
         vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         eos_token_id=eos_token_id, pad_token_id=vocab_size - 4, bos_token_id=vocab_size - 5,
-        max_position_embeddings=256, initializer_range=0.2, **heads, **ARCHITECTURES[architecture])
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config)
+        max_position_embeddings=256, initializer_range=0.2, **heads,
+        **{**ARCHITECTURES.get(architecture, {}), **more})
 
 
-def save_tiny(folder, architecture="llama", template=TEMPLATE):
+def save_tiny(folder, architecture="llama", template=TEMPLATE, **more):
     """Write the checkpoint of a tiny random model to `folder` and return the folder, as a string."""
     tokenizer = tiny_tokenizer(template)
-    model = tiny_model(architecture, len(tokenizer), tokenizer.eos_token_id)
-    with torch.no_grad():  # norms start as constants: make them matter, so that forgetting one changes the result
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, len(tokenizer), tokenizer.eos_token_id, **more))
+    with torch.no_grad():  # norms and biases start as constants: make them matter, or nobody would miss one
         for name, weight in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 weight.add_(0.3 * torch.randn_like(weight))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

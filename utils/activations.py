@@ -56,7 +56,7 @@ def trace_heads(model, inputs):
     -> outputs [n_prompts, n_layers, n_heads, d_head], patterns [n_prompts, n_layers, n_heads, n_tokens]
     inputs: one encoded batch, as `model.encode` gives it.
     """
-    n_heads = model.lm.config.num_attention_heads
+    n_heads = model.config.num_attention_heads
     with model.lm.trace(inputs, use_cache=False, logits_to_keep=1):
         outputs, patterns = nnsight.save([]), nnsight.save([])
         for layer in model.layers:

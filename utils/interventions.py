@@ -197,7 +197,7 @@ def orthogonalized(model, direction):
     touched. An unembedding that shares its weights with the embedding keeps its own copy meanwhile: it only reads.
     Where a family normalises what attention and MLP have written (Gemma 2, 3, OLMo 2), their weights stay, and the
     matrix I - r̂ r̂ᵀ comes behind these norms: a norm in between would undo an edit before it.
-    Raises ValueError for a direction of another model, or several of them, and for a model on NDIF.
+    Raises ValueError for a direction of another model, or several of them, and for a model that is not `editable`.
     """
     _check_edit(Ablation(direction), model)
     with ExitStack() as undo:
@@ -246,6 +246,9 @@ def _check_edit(intervention, model):
     if model.remote:
         raise ValueError(f"The weights of {model.name!r} are on NDIF, where they serve others too: give Ablation or "
                          "Addition, which compute the same.")
+    if not model.editable:
+        raise ValueError(f"{model.name!r} does not write by one matrix in each attention and MLP, as where it has "
+                         "experts: give Ablation or Addition, which compute what an edit would.")
     if intervention.direction.dim() != 1:
         raise ValueError("Weights serve all prompts alike: give one direction, [d_model]. "
                          "For one to each prompt, use Ablation or Addition.")

@@ -3,16 +3,20 @@ import json
 import os
 import warnings
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 import nnsight
 import psutil
 import torch
+from httpx import HTTPError
 from huggingface_hub.errors import GatedRepoError
 from nnsight import TransformersModel
+from nnsight.intervention.backends.remote import RemoteBackend
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 from transformers.utils import is_accelerate_available
+from websocket import WebSocketException
 
 from utils import DATA
 from utils.instructions import as_texts
@@ -23,7 +27,12 @@ ORGANISM = DATA / "organism"
 RENAME = {
     "gpt_neox": "model", "embed_in": "embed_tokens", "final_layer_norm": "norm", "embed_out": "lm_head",
     "attention": "self_attn", "attention.dense": "attention.o_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
+    # Models that also take images (Gemma 3 from 4B on) hold the language model one level deeper.
+    "model.language_model.embed_tokens": "model.embed_tokens", "model.language_model.layers": "model.layers",
+    "model.language_model.norm": "model.norm",
 }
+PARTS, LAYER_PARTS = ("model.embed_tokens", "model.layers", "model.norm", "lm_head"), ("self_attn", "mlp")
+LAYER_NORMS = {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
 
 SMALLER = 'choose a smaller model, close other programs, or try device="auto" (all GPUs) or remote=True (NDIF).'
 
@@ -50,8 +59,9 @@ def load_model(name=None, dtype=None, device=None, remote=False):
     there. For this one needs a key.
 
     Raises FileNotFoundError for a name or folder that is not there, OSError for files that are damaged or
-    out of reach, ValueError for a model that is not a chat model or does not run on NDIF, MemoryError for one that does
-    not fit, ImportError for "auto" without `accelerate`, PermissionError for `remote` without a key.
+    out of reach, ValueError for a model that is not a chat model, or of a family with other parts, or does not run on
+    NDIF, and for a device that is not here, MemoryError for a model that does not fit, ImportError for "auto" without
+    `accelerate`, PermissionError for `remote` without a key.
 
     Neither "auto" on several GPUs nor `remote` on NDIF itself has been tried: the tests imitate both.
     """
@@ -133,14 +143,27 @@ def best_device():
 def devices_of(device):
     """What a model is loaded on, a list of torch devices: one, or with "auto" all GPUs, where there are several.
 
-    Raises ImportError without `accelerate`, which spreads a model over them.
+    Raises ValueError for a device that is not here, ImportError without `accelerate`, which spreads a model over GPUs.
     """
-    n_gpus = torch.cuda.device_count()
-    if device != "auto" or n_gpus < 2:
-        return [torch.device(best_device() if device == "auto" else device)]
+    gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if device != "auto" or len(gpus) < 2:
+        return [_device(best_device() if device == "auto" else device)]
     if not is_accelerate_available():
         raise ImportError('A model is spread over several GPUs with the library "accelerate": pip install accelerate.')
-    return [torch.device("cuda", number) for number in range(n_gpus)]
+    return gpus
+
+
+def _device(name):
+    """The torch device of this name, if it is one and is here."""
+    counts = {best_device(): torch.accelerator.device_count(), "cpu": 1}
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no device at all, such as "gpu"
+        device = torch.device("meta")
+    if (device.index or 0) >= counts.get(device.type, 0):
+        here = [f"{kind}:{number}" for kind, n in counts.items() if kind != "cpu" for number in range(n)]
+        raise ValueError(f"There is no device {str(name)!r} here: choose {', '.join(['cpu', *here])} or auto.")
+    return device
 
 
 def best_dtype(n_weights, stored, device):
@@ -177,13 +200,25 @@ def untrained(model, seed=0):
                      model.refusal_tokens)
 
 
+class Ndif(RemoteBackend):
+    """nnsight's way to NDIF. What may go wrong on the way, of many kinds, becomes a ConnectionError with a sentence."""
+
+    def request(self, request, tracer):
+        try:
+            return super().request(request, tracer)
+        except (OSError, HTTPError, WebSocketException, json.JSONDecodeError) as error:
+            raise ConnectionError(f"NDIF is out of reach, or has broken off ({_reason(error)}): "
+                                  "look whether print(nnsight.status()) finds it, and try again.") from error
+
+
 class RemoteModel(TransformersModel):
     """An nnsight model without weights: every trace of it, generation too, runs on NDIF."""
 
     def trace(self, *inputs, fn=None, **options):
         if fn is not None:  # generation
             options.setdefault("repetition_penalty", 1.0)  # some checkpoints punish it; the course decodes plainly
-        return super().trace(*inputs, fn=fn, remote=True, **options)
+        backend = Ndif(self.to_model_key(), env=self._remoteable_get_env())  # what nnsight takes for `remote=True`
+        return super().trace(*inputs, fn=fn, backend=backend, **options)
 
     def _remoteable_class(self):
         return TransformersModel  # the class that NDIF knows its models by
@@ -195,19 +230,24 @@ class ChatModel:
     lm                the nnsight model: `with model.lm.trace(inputs) as tracer: ...`. Its parts, by the same
                       names on every architecture: `lm.model.embed_tokens`, `lm.model.layers[i].self_attn`
                       (with `.o_proj`) and `.mlp` (with `.down_proj`), `lm.model.norm`, `lm.lm_head`
+    config            transformers' settings of the language model, such as `num_attention_heads`
     layers            `lm.model.layers`, as a list; also `n_layers`, `d_model`
     post_norms        True if what attention and MLP write is normalised before it is added (Gemma 2, 3, OLMo 2)
     post_instruction  the template's tokens after the instruction, as strings (paper, section 2.1)
     positions         theirs, counted from the end: [-n, ..., -1]
-    remote            True if it runs on NDIF: its weights are not here, and cannot be edited
+    remote            True if it runs on NDIF: its weights are not here
+    editable          True if its weights are here, and attention and MLP write by one matrix each, not by experts
     refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); may be set
     """
 
     def __init__(self, lm, tokenizer, name, refusal_tokens):
         self.lm, self.tokenizer, self.name, self.refusal_tokens = lm, tokenizer, name, refusal_tokens
         self.remote = isinstance(lm, RemoteModel)
-        self.layers = list(lm.model.layers)
-        self.n_layers, self.d_model = len(self.layers), lm.config.hidden_size
+        _check_parts(lm, name)
+        self.layers, self.config = list(lm.model.layers), lm.config.get_text_config()
+        self.n_layers, self.d_model = len(self.layers), self.config.hidden_size
+        self.editable = not self.remote and all(_has(layer, matrix) for layer in self.layers
+                                                for matrix in ("self_attn.o_proj", "mlp.down_proj"))
         self.post_norms = hasattr(self.layers[0]._module, "post_feedforward_layernorm")
         self.post_instruction = self._find_post_instruction()
         self.positions = list(range(-len(self.post_instruction), 0))
@@ -275,6 +315,25 @@ class ChatModel:
         return [self.tokenizer.decode([token]) for token in tail]
 
 
+def _check_parts(lm, name):
+    """Are the parts there that every lesson reads, and no norms behind attention and MLP that would be overlooked?"""
+    lacks = [f"lacks {part}" for part in PARTS if not _has(lm, part)]
+    lacks = lacks or [f"lacks {part} in a layer" for part in LAYER_PARTS for layer in lm.model.layers
+                      if not _has(layer, part)]
+    names = set() if lacks else {part for layer in lm.model.layers for part, _ in layer._module.named_children()}
+    strange = lacks + [f"has {part}" for part in sorted(names - LAYER_NORMS) if "norm" in part]
+    if strange:
+        raise ValueError(f"{name!r} is a {type(lm._module).__name__}, which, unlike Llama, {strange[0]}: choose a "
+                         "model of another family, or give its parts their names in RENAME, in utils/models.py.")
+
+
+def _has(lm, part):
+    try:
+        return attrgetter(part)(lm) is not None
+    except AttributeError:
+        return False
+
+
 def shared_tail(one, two):
     """The tokens that two prompts have in common at their end, in order: the longest such list.
 
@@ -336,9 +395,13 @@ def _load(name, load, source, **options):
         if isinstance(error.__cause__, GatedRepoError):
             raise OSError(f"{name!r} is gated: accept its licence at https://huggingface.co/{source}, then run "
                           "`hf auth login` with a token of that account, and load it again.") from error
-        reason = str(error).strip().split("\n")[0].rstrip(".: ")
-        raise OSError(f"{name!r} could not be loaded ({reason}): check the spelling, that the folder is whole "
+        raise OSError(f"{name!r} could not be loaded ({_reason(error)}): check the spelling, that the folder is whole "
                       "or the hub is in reach, and `hf auth login` if there is a licence to accept.") from error
+
+
+def _reason(error):
+    """The first line of an error's message, to stand within a sentence; its kind, if it says nothing."""
+    return str(error).strip().split("\n")[0].rstrip(".: ") or type(error).__name__
 
 
 @contextmanager

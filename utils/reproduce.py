@@ -1,4 +1,4 @@
-"""The whole experiment on one chat model: `python -m utils.reproduce NAME [--out FOLDER] [--n PROMPTS] [--remote]`.
+"""The whole experiment on one chat model: `python -m utils.reproduce NAME` (`--help` lists the options).
 
 Finds the direction, erases it, adds it, edits it out of the weights, and measures what each changes (paper, sections
 2.3 to 4.2). In the folder it leaves every number (results.json), all answers and two figures; it prints a row for the
@@ -20,7 +20,7 @@ from utils.directions import CandidateScores, find_direction, random_directions
 from utils.evaluation import Rate, judge, loss, phrase_judge, refusal_metric
 from utils.instructions import load_instructions
 from utils.interventions import Ablation, Addition, generate, last_logits, orthogonalized
-from utils.models import is_own, load_model
+from utils.models import SMALLER, is_own, load_model
 from utils.plots import plot_candidate_scores, plot_rates
 
 CONDITIONS = {"harmful": ("baseline", "ablated", "orthogonalized", "random"),
@@ -31,22 +31,26 @@ JUDGES = {"phrases": lambda prompt, answer, metric: phrase_judge(answer),
           "exact": lambda prompt, answer, metric: judge(prompt, answer) == "refusal"}
 
 
-def reproduce(name, out, n=100, progress=False, remote=False):
+def reproduce(name, out, n=100, progress=False, remote=False, device=None):
     """All steps, each kept in `out` -> the results, as in results.json.
 
-    n: how many test prompts of each side. remote: run the model on NDIF, without the condition "orthogonalized".
-    Raises ValueError for a folder with another run, where no candidate passes the filters, and for an n that is not
-    from 1 to as many as there are; what `load_model` raises; nnsight's RemoteError for what fails on NDIF.
+    n: how many test prompts of each side. device, remote: as in `load_model`. Where weights cannot be edited, the
+    condition "orthogonalized" is left out.
+    Raises ValueError for a folder with another run or damaged files, where no candidate passes the filters, and for an
+    n that is not from 1 to as many as there are; what `load_model` raises; nnsight's RemoteError and ConnectionError
+    for what fails on NDIF. Until the model is loaded, nothing is written.
     """
-    kept = Steps(Path(out), {"model": name, "n": n, "remote": remote}, progress)
     test = {side: load_instructions("test", side, n) for side in CONDITIONS}
-    model = load_model(name, remote=remote)
-    if remote and progress:
-        print('  no "orthogonalized": the weights are on NDIF, and "ablated" computes the same')
-    found = kept("direction", direction_of, model, progress)
+    kept = Steps(Path(out), {"model": name, "n": n, "remote": remote}, progress)
+    model = load_model(name, device=device, remote=remote)
+    if progress and not model.editable:
+        why = "the weights are on NDIF" if remote else "no single matrix writes"
+        print(f'  no "orthogonalized": {why}, and "ablated" computes the same')
+    found = kept("direction", direction_of, model, progress, check=lambda found: check_direction(found, model))
     vector, layer = torch.tensor(found["vector"]), found["layer"]
-    judged = {side: {condition: kept(f"{side}, {condition}", answers, model, test[side], condition, vector, layer)
-                     for condition in conditions if not (remote and condition == "orthogonalized")}
+    judged = {side: {condition: kept(f"{side}, {condition}", answers, model, test[side], condition, vector, layer,
+                                     check=lambda given: check_answers(given, n))
+                     for condition in conditions if model.editable or condition != "orthogonalized"}
               for side, conditions in CONDITIONS.items()}
     spoken = judged["harmless"]["baseline"]["answers"]
     losses = kept("losses", own_losses, model, test["harmless"], spoken, vector, layer)
@@ -67,30 +71,60 @@ def reproduce(name, out, n=100, progress=False, remote=False):
 
 
 class Steps:
-    """What is done already, a file for each step in a folder: `steps(name, compute, *args)` computes what is not."""
+    """What is done already, a file for each step in a folder: `steps(name, compute, *args)` computes what is not.
+
+    check: raises an error for what this step cannot have left, as in a file that someone edited.
+    """
 
     def __init__(self, folder, settings, progress):
-        self.folder, self.progress = folder, progress
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self("settings", dict, settings) != settings:
+        self.folder, self.settings, self.progress = folder, settings, progress
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file: choose a folder for the results (--out).")
+        if self.path("settings").is_file() and self.read("settings") != settings:
             raise ValueError(f"The folder {folder} holds a run with other settings, {self.read('settings')}: "
                              "choose another one (--out), or delete it.")
 
-    def __call__(self, name, compute, *args):
+    def __call__(self, name, compute, *args, check=None):
         if not self.path(name).is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.path("settings").is_file():
+                write_json(self.path("settings"), self.settings)
             if self.progress:
                 print(f"  {name}", flush=True)
             write_json(self.path(name), compute(*args))
-        return self.read(name)
+        return self.read(name, check)
 
     def path(self, name):
         return self.folder / f"{name.replace(', ', '-')}.json"
 
-    def read(self, name):
+    def read(self, name, check=None):
         try:
-            return json.loads(self.path(name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"The file {self.path(name)} is damaged ({error}): delete it, and run again.") from error
+            content = json.loads(self.path(name).read_text(encoding="utf-8"))
+            if check is not None:
+                check(content)
+            return content
+        except (ValueError, TypeError, LookupError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"The file {self.path(name)} is damaged ({reason}): delete it, and run again.") from error
+
+
+def check_direction(found, model):
+    """Raises ValueError, or LookupError, for what is no direction of this model with its scores."""
+    if found["layer"] not in range(model.n_layers):
+        raise ValueError(f"there is no layer {found['layer']}, only 0 to {model.n_layers - 1}")
+    if found["position"] not in model.positions:
+        raise ValueError(f"there is no position {found['position']}, only {model.positions[0]} to -1")
+    if torch.tensor(found["vector"]).shape != (model.d_model,):
+        raise ValueError(f"a direction of {model.name!r} is a list of {model.d_model} numbers")
+    places = model.n_layers, len(model.positions)
+    if any(torch.tensor(found["scores"][name]).shape != places for name in SCORES):
+        raise ValueError(f"the scores are not {places[0]} by {places[1]}, one for each layer and position")
+
+
+def check_answers(given, n):
+    """Raises ValueError, or LookupError, for other than n answers with their metrics."""
+    if not len(given["answers"]) == len(given["metric"]) == n:
+        raise ValueError(f"it does not hold {n} answers, each with its metric")
 
 
 def direction_of(model, progress):
@@ -166,13 +200,22 @@ def main(arguments=None):
     parser.add_argument("name", help='"organism", a folder, or a hub id')
     parser.add_argument("--out", type=Path, help="folder for the results; by default reproduced/NAME")
     parser.add_argument("--n", type=int, default=100, help="test prompts of each side (100)")
+    parser.add_argument("--device", help='"cpu", "cuda", "cuda:1", "mps", or "auto" for all GPUs; by default the best')
     parser.add_argument("--remote", action="store_true", help="run the model on NDIF")
     args = parser.parse_args(arguments)
     try:
         results = reproduce(args.name, args.out or Path("reproduced") / Path(args.name).name, args.n, progress=True,
-                            remote=args.remote)
-    except (OSError, ValueError, TypeError, MemoryError, RemoteError) as error:
+                            remote=args.remote, device=args.device)
+    except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except RemoteError as error:
+        *_, last = "no reason given", *str(error).strip().splitlines()  # a traceback tells at its end what was wrong
+        print(f"NDIF could not do it ({last}): run again later, it goes on after the last step that was done.",
+              file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print(f"The model fits, but what is computed with it does not: {SMALLER}", file=sys.stderr)
         return 1
     print(HEAD, row(results), sep="\n")
     return 0

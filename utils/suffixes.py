@@ -60,7 +60,7 @@ def word_tokens(model):
 
     Raises ValueError if there are none, as with tokenizers that drop the space of a token by itself.
     """
-    ids = range(model.lm.config.vocab_size)
+    ids = range(model.config.vocab_size)
     texts = model.tokenizer.batch_decode([[token] for token in ids])
     words = [token for token, text in zip(ids, texts) if text[:1] == " " and text[1:].isascii() and text[1:].isalpha()]
     if not words:
