@@ -315,6 +315,14 @@ def test_right_angles_and_opposites():
     assert cosines.tolist() == [[1, 0, -1], [0, 1, 0], [-1, 0, 1]]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_candidates_of_a_model_that_overflows(llama, bad):
+    candidates = torch.ones(4, 5, 32)
+    candidates[3, 2, 1] = bad
+    with pytest.raises(ValueError, match="nan or infinity: .* overflows in torch.float32. Load it with dtype"):
+        score_candidates(llama, candidates, ["steal"], ["bake a cake"])
+
+
 def test_scores_are_the_means_over_prompts(llama):
     harmful, harmless = ["steal", "steal a car", "a car, a cake"], ["bake a cake", "Sorry, a cake"]
     candidates = 3 * torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))

@@ -30,6 +30,7 @@ from utils.plots import (
     plot_roc,
     plot_shadow,
     plot_spread,
+    show_token,
     token_strip,
 )
 
@@ -263,6 +264,12 @@ def test_roc_in_per_cent():
     assert list(axis.lines[1].get_xdata()) == [0, 50, 100]
 
 
+@pytest.mark.parametrize("token, label", [(" a\n\n", "␣a\\n\\n"), ("Größe", "Größe"), ("抱歉", "\\u62b1\\u6b49"),
+                                          ("", "")])
+def test_tokens_as_labels(token, label):
+    assert show_token(token) == label
+
+
 def test_models_in_rows():
     panels = {"depth (%)": {"chosen": {"A 7B": 40, "yours": 55}},
               "refused (%)": {"baseline": {"A 7B": 91, "B 2B": 70, "yours": 100}, "ablated": {"A 7B": 0, "yours": 2}}}
@@ -271,8 +278,8 @@ def test_models_in_rows():
     assert [label.get_text() for label in depth.get_yticklabels()] == ["A 7B", "yours", "B 2B"]
     assert depth.yaxis_inverted() and [axis.get_title() for axis in figure.axes] == list(panels)
     baseline, ablated, mark = refused.lines
-    assert list(baseline.get_xdata()) == [91, 70, 100] and list(baseline.get_ydata()) == [0, 2, 1]
-    assert list(ablated.get_xdata()) == [0, 2] and list(ablated.get_ydata()) == [0, 1]
+    assert list(baseline.get_xdata()) == [91, 70, 100] and list(baseline.get_ydata()) == [-0.1, 1.9, 0.9]
+    assert list(ablated.get_xdata()) == [0, 2] and list(ablated.get_ydata()) == [0.1, 1.1]  # beside the others
     assert to_hex(ablated.get_color()) == COLORS["ablated"].lower() and list(mark.get_xdata()) == [50, 50]
     assert [text.get_text() for text in refused.get_legend().get_texts()] == ["baseline", "ablated"]
     for axis in figure.axes:

@@ -107,6 +107,9 @@ def difference(given, expected, check):
 
 def difference_of_numbers(given, expected, check):
     """`difference` for a number, a tensor, or a tuple of numbers; a tensor [2] and a tuple of 2 count as the same."""
+    yes_or_no = getattr(expected, "dtype", None) == torch.bool
+    if yes_or_no and getattr(given, "dtype", torch.bool) != torch.bool:
+        return "your answer holds numbers. Return true or false for each, as a comparison or `&` gives them."
     try:
         given = torch.as_tensor(given).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -200,8 +203,12 @@ register(
             lambda n_weights, dtype: 8 * n_weights * dtype.itemsize,
         "each weight takes 4 bytes in your answer, whatever the dtype. `dtype.itemsize` says how many.":
             lambda n_weights, dtype: 4 * n_weights,
+        "each weight takes 2 bytes in your answer, whatever the dtype. `dtype.itemsize` says how many.":
+            lambda n_weights, dtype: 2 * n_weights,
         "these are gigabytes. Return bytes.":
             lambda n_weights, dtype: n_weights * dtype.itemsize / 1e9,
+        "these are gibibytes, of 2 to the 30 bytes. Return bytes.":
+            lambda n_weights, dtype: n_weights * dtype.itemsize / 2**30,
         "this is what one weight takes. There are n_weights of them.":
             lambda n_weights, dtype: dtype.itemsize,
     },
@@ -457,6 +464,12 @@ register(
         "these are those that meet a filter alone. You want those that fail it alone.":
             lambda filters: {condition: met & (torch.stack(list(filters.values())).sum(dim=0) == 1)
                              for condition, met in filters.items()},
+        "these meet this filter and fail another one. You want those that fail this one.":
+            lambda filters: {condition: met & (torch.stack(list(filters.values())).sum(dim=0) == len(filters) - 1)
+                             for condition, met in filters.items()},
+        "these fail one filter, whichever it is. For each condition take those that fail this very one.":
+            lambda filters: {condition: torch.stack(list(filters.values())).sum(dim=0) == len(filters) - 1
+                             for condition in filters},
         "these meet all other filters, whether they fail this one or not.":
             lambda filters: {condition: torch.stack([other for name, other in filters.items() if name != condition])
                              .all(dim=0) for condition in filters},
@@ -480,12 +493,22 @@ register(
             tokens_with(scores=1),
         "bypass reads harmful prompts only, induce and kl harmless only: three times n_val for a candidate, not six.":
             tokens_with(scores=6),
-        "the filter at the start is missing: every prompt is read once to see whether the model refuses it.":
+        "half of what is read before the scores is missing: the filter at the start, or one of the two sides.":
             tokens_with(once=0),
         "the means are missing: the training prompts are read once more, both sides.":
             tokens_with(means=0),
-        "the unchanged model's logits are missing: it reads the validation prompts of both sides before any score.":
+        "for the means only one side is counted.":
+            tokens_with(means=1),
+        "beside the scores the validation prompts are read twice, both sides: by the filter, and for the unchanged "
+        "model's logits.":
             tokens_with(unchanged=0),
+        "for the unchanged model's logits only one side is counted: bypass starts from harmful prompts, induce and kl "
+        "from harmless ones.":
+            tokens_with(unchanged=1),
+        "these are the scores alone. Add what is read before them.":
+            tokens_with(once=0, means=0, unchanged=0),
+        "a candidate has three scores, not four: bypass, induce, kl.":
+            tokens_with(scores=4),
         "these are prompts. Times n_tokens they are tokens.":
             lambda n_tokens, *counts: directions.tokens_read(1, *counts),
         "the scores are computed for every candidate, not once.":
@@ -940,6 +963,12 @@ register(
             opening(lambda harmful, harmless: harmful.mean(dim=0) - harmless.mean(dim=0)),
         "you took the mean over the prompts first. Softmax comes first, prompt by prompt.":
             opening(lambda harmful, harmless: harmful.mean(dim=0).softmax(-1) - harmless.mean(dim=0).softmax(-1)),
+        "tokens that are likelier on harmless prompts count too in your answer. Take the difference without abs.":
+            opening(lambda harmful, harmless: (mean_probability(harmful) - mean_probability(harmless)).abs()),
+        "the order and the mask do not go together. Sort first, and compare in that order: order[more[order] > least].":
+            lambda harmful, harmless, least=0.05: (
+                more := mean_probability(harmful) - mean_probability(harmless)
+            ).argsort(descending=True)[more > least].tolist(),
         "the most telling token stands last. Sort with descending=True.":
             opening(lambda harmful, harmless: mean_probability(harmful) - mean_probability(harmless), ascending=True),
         "these are in the order of their ids. Sort them by how much likelier they are.":
@@ -957,6 +986,10 @@ register(
             lambda observed, caught, false_alarms: min(1.0, observed / caught),
         "you divided by the share caught. Divide by how much it exceeds the share of false alarms.":
             lambda observed, caught, false_alarms: min(1.0, max(0.0, (observed - false_alarms) / caught)),
+        "subtract the false alarms below the line too: caught - false_alarms.":
+            lambda observed, caught, false_alarms: max(0.0, (observed - false_alarms) / (caught + false_alarms)),
+        "the false alarms are to be subtracted above the line too: observed - false_alarms.":
+            lambda observed, caught, false_alarms: min(1.0, observed / (caught - false_alarms)),
         "this is what the judge would say of a true rate. Solve for the true one.":
             lambda observed, caught, false_alarms: observed * caught + (1 - observed) * false_alarms,
         "this can lie below 0 or above 1, and a share cannot. Cut it off there.":

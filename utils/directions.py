@@ -112,11 +112,15 @@ def score_candidates(model, candidates, harmful, harmless, batch_size=64, progre
     """Score candidates [n_layers, n_positions, d_model] on validation prompts -> CandidateScores.
 
     All candidates of a layer go through the model together, each row of a batch with its own direction.
-    Raises ValueError for candidates of another shape.
+    Raises ValueError for candidates of another shape, or that are not finite.
     """
     if candidates.dim() != 3 or candidates.shape[::2] != (model.n_layers, model.d_model):
         raise ValueError(f"Candidates for {model.name!r} are [{model.n_layers}, n_positions, {model.d_model}], not "
                          f"{list(candidates.shape)}: take the differences in means of this very model.")
+
+    if not candidates.isfinite().all():
+        raise ValueError(f"The candidates hold nan or infinity: {model.name!r} overflows in {model.lm.dtype}. Load it "
+                         "with dtype=torch.bfloat16 or torch.float32.")
 
     def mean_refusal(logits, n_prompts):
         return refusal_metric(logits, model.refusal_tokens).view(-1, n_prompts).mean(dim=1)

@@ -21,8 +21,9 @@ COLORS = {
 
 
 def show_token(token):
-    """A token as a label, its line breaks and spaces made visible."""
-    return token.replace("\n", "\\n").replace(" ", "␣")
+    """A token as a label, its line breaks and spaces made visible, and what the pictures' font lacks by its codes."""
+    shown = token.replace("\n", "\\n").replace(" ", "␣")
+    return shown if all(ord(letter) < 0x2E80 for letter in shown) else ascii(shown)[1:-1]
 
 
 def plot_candidate_scores(scores, tokens, chosen=None):
@@ -381,12 +382,13 @@ def plot_models(panels, yours=None, marks=None):
     size = (2 + 1.7 * len(panels), 1.3 + 0.24 * len(models))
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, (title, conditions) in zip(axes[0], panels.items()):
-        for condition, row in conditions.items():
-            axis.plot(list(row.values()), [models.index(model) for model in row], "o", markersize=6, alpha=0.85,
+        for number, (condition, row) in enumerate(conditions.items()):
+            aside = 0.2 * (number - (len(conditions) - 1) / 2)  # so that no point lies on another
+            axis.plot(list(row.values()), [models.index(model) + aside for model in row], "o", markersize=5,
                       color=COLORS.get(condition, COLORS["chosen"]), label=condition)
         if yours in models:
             place = models.index(yours)
-            axis.axhspan(place - 0.5, place + 0.5, color=COLORS["random"], alpha=0.5, zorder=0)
+            axis.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.08, linewidth=0, zorder=0)
         if title in (marks or {}):
             axis.axvline(marks[title], color=COLORS["chosen"], linestyle="--", linewidth=1)
         if len(conditions) > 1:

@@ -152,7 +152,8 @@ def own_losses(model, prompts, answered, vector, layer):
     """Loss on the model's own answers to harmless prompts, unchanged, ablated, and with r subtracted."""
     spoken = [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answered) if answer]
     changes = {"baseline": None, "ablated": Ablation(vector), "subtracted": Addition(vector, layer, -1.0)}
-    return {name: loss(model, spoken, change) for name, change in changes.items()} if spoken else {}
+    # Few at once: here the logits of all positions are needed, and vocabularies are large.
+    return {name: loss(model, spoken, change, batch_size=8) for name, change in changes.items()} if spoken else {}
 
 
 def rate(by, prompts, given):
