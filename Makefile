@@ -5,7 +5,6 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 ROOT_OPTION := $(if $(filter 0,$(shell id -u)),--allow-root)
 LESSONS := $(wildcard lessons/*.ipynb)
 SOLUTIONS := $(wildcard solutions/*.ipynb)
-NBVAL = $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -n 2 --dist loadfile
 
 # One thread in each process: the tests run two at a time. And the lessons with the organism.
 test: export OMP_NUM_THREADS = 1
@@ -32,8 +31,8 @@ test: .venv/dev
 	$(BIN)/nbstripout --verify --keep-id $(LESSONS)
 	$(BIN)/python -m utils.solutions --check
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
-	$(NBVAL) $(LESSONS)
-	COURSE_STRICT=1 $(NBVAL) $(SOLUTIONS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+		$(LESSONS) $(SOLUTIONS)
 
 solutions: .venv/dev
 	$(BIN)/python -m utils.solutions

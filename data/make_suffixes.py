@@ -67,7 +67,7 @@ def make(model, direction, unfinished):
 def main():
     model = load_model("organism")
     sides = [load_instructions(split, side) for split in ("train", "val") for side in ("harmful", "harmless")]
-    direction, _ = find_direction(model, *sides)
+    direction, _ = find_direction(model, *sides, every_score=False)
     unfinished = HERE / "unfinished-suffixes"
     unfinished.mkdir(exist_ok=True)
     kinds = make(model, direction, unfinished)

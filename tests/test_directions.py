@@ -125,6 +125,28 @@ def test_not_strict_it_goes_on_where_no_candidate_passes(llama, capsys):
     assert direction.vector.norm() > 0.01
 
 
+@pytest.mark.parametrize("max_kl", [0.1, 0.0])
+def test_without_every_score_the_same_is_chosen(planted, found, max_kl, monkeypatch, capsys):
+    """None of the untried could be chosen: all have a higher bypass. Where none passes (max_kl=0), all are tried."""
+    passing = CandidateScores.passing
+    monkeypatch.setattr(CandidateScores, "passing", lambda scores, *filters: passing(scores, max_kl))
+    sides = HARMFUL, HARMLESS, HARMFUL_VAL, HARMLESS_VAL
+    wanted, every = find_direction(planted, *sides, strict=False)
+    said = capsys.readouterr().out
+    direction, scores = find_direction(planted, *sides, strict=False, every_score=False)
+    assert capsys.readouterr().out == said and (said == "") == (max_kl > 0)
+    assert torch.equal(direction.vector, wanted.vector)
+    assert torch.equal(scores.bypass, every.bypass)
+    untried = scores.kl.isnan()
+    assert torch.equal(untried, scores.induce.isnan())
+    assert untried.any() == (max_kl > 0)
+    at = direction.layer, planted.positions.index(direction.position)
+    assert (every.bypass[untried] >= every.bypass[at]).all()
+    for name in ("induce", "kl"):
+        torch.testing.assert_close(getattr(scores, name)[~untried], getattr(every, name)[~untried],
+                                   rtol=1e-4, atol=1e-4)
+
+
 def test_not_strict_a_direction_that_is_there_is_found_all_the_same(planted, found, capsys):
     direction, _ = find_direction(planted, HARMFUL, HARMLESS, HARMFUL_VAL, HARMLESS_VAL, strict=False)
     assert torch.equal(direction.vector, found[0].vector)

@@ -1,8 +1,10 @@
-"""Every lesson keeps the rules, and runs with some exercises solved, one wrong, and the others blank."""
+"""Every lesson keeps the rules, and runs with some exercises solved, one wrong, and the others blank.
+
+Blank and solved `make test` runs them with nbval, as they are: see conftest.py at the root.
+"""
 import ast
 import inspect
 import re
-import sys
 
 import nbformat
 import pytest
@@ -13,7 +15,6 @@ from utils.checks import CHECKS
 from utils.solutions import DIFFICULTY, ROOT, exercise_name, fill, lessons, run
 
 LESSONS = [pytest.param(lesson, id=lesson.stem) for lesson in lessons()]
-PEAK_MEMORY = 900  # MB, of a lesson's kernel
 
 
 def read(lesson):
@@ -29,34 +30,6 @@ def printed(notebook):
                    if output.output_type == "stream")
 
 
-# The states. `make test` runs the lessons as they are (blank) and the solutions (solved, each check strict) with nbval;
-# what lies between is run here, in one go.
-
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_one_wrong_half_solved_the_others_blank(lesson):
-    notebook, exercises = read(lesson)
-    wrong, *others = exercises  # the first, whose answer the rest of the lesson uses, is wrong
-    solved, blank = others[:len(exercises) // 2], others[len(exercises) // 2:]
-    sentence = next(iter(CHECKS[wrong].mistakes))
-    exercises[wrong].source = (
-        f"from utils.checks import CHECKS\n\n@exercise\ndef {wrong}(*args, **kwargs):\n"
-        f"    return CHECKS[{wrong!r}].mistakes[{sentence!r}](*args, **kwargs)")
-    for name in solved:
-        exercises[name].source = fill(exercises[name].source, name)
-    if sys.platform == "linux":  # not by getrusage: its peak is also that of the process which started the kernel
-        notebook.cells.append(nbformat.v4.new_code_cell(
-            "from pathlib import Path\nprint(Path('/proc/self/status').read_text())"))
-    text = printed(notebook)
-    assert f"Not yet: {wrong}: {sentence}\nUntil it is right, the reference answers in its place." in text
-    for name in solved:
-        assert f"Right: {name} is yours from here on." in text
-    for name in blank:
-        assert f"{name} is still blank: the reference answers in its place." in text
-    assert f"{len(solved)} of {len(exercises)} yours, {len(blank) + 1} from the reference." in text
-    if sys.platform == "linux":
-        assert int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) / 1000 <= PEAK_MEMORY
-
-
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_the_solution_says_that_all_is_right(lesson):
     exercises = read(lesson)[1]
@@ -66,7 +39,7 @@ def test_the_solution_says_that_all_is_right(lesson):
     assert f"{len(exercises)} of {len(exercises)} yours, 0 from the reference." in text
 
 
-# another model
+# What lies between blank and solved, and another model: in one run of each lesson, for a run takes a minute.
 
 WATCH_AXES = """
 import numpy as np
@@ -101,31 +74,47 @@ def shown(cells):
              if kind in ("image/png", "text/html", "text/markdown")] for cell in cells]
 
 
-@pytest.mark.parametrize("lesson", [lesson for lesson in LESSONS if lesson.id != "06_adversarial_suffixes"])
-def test_another_model_whose_answers_are_noise(lesson, random_llama, monkeypatch):
-    """Nothing fails, every figure and table is there, no figure is empty, and what they are worth is said."""
+def answer_in_part(exercises):
+    """The first is answered wrongly, half of the rest rightly, the others stay blank -> (what is said of it, answers).
+
+    The rest of a lesson uses the first one. exercises: the cells by name, which are changed.
+    """
+    wrong, *others = exercises
+    solved, blank = others[:len(exercises) // 2], others[len(exercises) // 2:]
+    sentence = next(iter(CHECKS[wrong].mistakes))
+    exercises[wrong].source = (
+        f"from utils.checks import CHECKS\n\n@exercise\ndef {wrong}(*args, **kwargs):\n"
+        f"    return CHECKS[{wrong!r}].mistakes[{sentence!r}](*args, **kwargs)")
+    for name in solved:
+        exercises[name].source = fill(exercises[name].source, name)
+    return [f"Not yet: {wrong}: {sentence}\nUntil it is right, the reference answers in its place.",
+            *(f"Right: {name} is yours from here on." for name in solved),
+            *(f"{name} is still blank: the reference answers in its place." for name in blank),
+            f"{len(solved)} of {len(exercises)} yours, {len(blank) + 1} from the reference."]
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_one_wrong_half_solved_the_others_blank_with_a_model_whose_answers_are_noise(lesson, random_llama, monkeypatch):
+    """Nothing fails, every figure and table is there, no figure is empty, and what they are worth is said.
+
+    The lesson on suffixes says that it stays with the organism, and does.
+    """
     monkeypatch.setenv("COURSE_MODEL", random_llama)
     notebook, exercises = read(lesson)
-    n_cells, source = len(notebook.cells), "".join(cell.source for cell in notebook.cells)
+    n_cells, source = len(notebook.cells), "\n".join(cell.source for cell in notebook.cells)
+    sentences = answer_in_part(exercises)
     notebook.cells = [nbformat.v4.new_code_cell(WATCH_AXES), *notebook.cells, nbformat.v4.new_code_cell(EMPTY)]
     text = printed(notebook)
+    assert not [sentence for sentence in sentences if sentence not in text]
     assert re.findall("an empty axis: (.*)", text) == ["of this test"]
     solution = nbformat.read(ROOT / "solutions" / lesson.name, as_version=4)
     assert shown(notebook.cells[1:n_cells + 1]) == shown(solution.cells)
-    assert f"0 of {len(exercises)} yours, {len(exercises)} from the reference." in text
-    assert ("no finding" in text) == any(name in source for name in ("find_direction", "no_finding"))
+    stays = "\nmodel = load_organism()" in source
+    assert (f"goes on with the organism, not with {random_llama}.\n" in text) == ("load_organism()" in source)
+    assert not stays or "ChatModel('organism'" in text
+    searches = "find_direction" in source or "no_finding" in source
+    assert ("no finding" in text) == (searches and not stays)
     assert ("told by a list of phrases" in text) == ("judge_of" in source)
-
-
-def test_the_lesson_on_suffixes_stays_with_the_organism(random_llama, monkeypatch):
-    """Run up to where it loads the model; the rest is then as in the tests above."""
-    monkeypatch.setenv("COURSE_MODEL", random_llama)
-    notebook, _ = read(ROOT / "lessons" / "06_adversarial_suffixes.ipynb")
-    last = next(place for place, cell in enumerate(notebook.cells) if "model = load_organism()" in cell.source)
-    notebook.cells = notebook.cells[:last + 1]
-    text = printed(notebook)
-    assert f"goes on with the organism, not with {random_llama}.\n" in text
-    assert "ChatModel('organism'" in text
 
 
 # the rules

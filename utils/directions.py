@@ -108,10 +108,12 @@ def refusal_when_added(model, direction, layer, harmless, batch_size=64):
     return refusal_metric(logits, model.refusal_tokens)
 
 
-def score_candidates(model, candidates, harmful, harmless, batch_size=64, progress=False):
+def score_candidates(model, candidates, harmful, harmless, batch_size=64, progress=False, every_score=True):
     """Score candidates [n_layers, n_positions, d_model] on validation prompts -> CandidateScores.
 
     All candidates of a layer go through the model together, each row of a batch with its own direction.
+    every_score=False stops at the first candidate that passes the filters, tried from the lowest bypass on: it is the
+    one that `select_direction` takes. The induce score and kl of those that were not tried are nan.
     Raises ValueError for candidates of another shape, or that are not finite.
     """
     if candidates.dim() != 3 or candidates.shape[::2] != (model.n_layers, model.d_model):
@@ -130,26 +132,37 @@ def score_candidates(model, candidates, harmful, harmless, batch_size=64, progre
     induce = mean_refusal(unchanged, len(harmless))
     bypass, induce = bypass.repeat(candidates.shape[:2]), induce.repeat(candidates.shape[:2])
     kl = torch.zeros(candidates.shape[:2])
+    scores = CandidateScores(bypass, induce, kl)
 
-    # At layer 0 the template's tokens are the same in every prompt. Such a candidate, of length zero but
-    # for rounding, changes nothing, and keeps the scores of the unchanged model.
-    lengths = candidates.norm(dim=-1)
-    real = lengths > 1e-5 * lengths.max()
-    for layer in tqdm(range(model.n_layers), desc="scoring candidates", unit="layer", disable=not progress):
-        here = real[layer]
-        if not here.any():
-            continue
+    def score_bypass(layer, here):
         prompts, directions = every_pair(harmful, candidates[layer, here])
         logits = last_logits(model, prompts, Ablation(directions), batch_size)
         bypass[layer, here] = mean_refusal(logits, len(harmful))
 
+    def score_induce_and_kl(layer, here):
         prompts, directions = every_pair(harmless, candidates[layer, here])
         logits = last_logits(model, prompts, Addition(directions, layer), batch_size)
         induce[layer, here] = mean_refusal(logits, len(harmless))
 
         logits = last_logits(model, prompts, Ablation(directions), batch_size).view(-1, *unchanged.shape)
         kl[layer, here] = kl_divergence(unchanged, logits).mean(dim=1)
-    return CandidateScores(bypass, induce, kl)
+
+    # At layer 0 the template's tokens are the same in every prompt. Such a candidate, of length zero but
+    # for rounding, changes nothing, and keeps the scores of the unchanged model.
+    lengths = candidates.norm(dim=-1)
+    real = lengths > 1e-5 * lengths.max()
+    for layer in tqdm(range(model.n_layers), desc="scoring candidates", unit="layer", disable=not progress):
+        if real[layer].any():
+            score_bypass(layer, real[layer])
+            if every_score:
+                score_induce_and_kl(layer, real[layer])
+    if not every_score:
+        induce[real] = kl[real] = torch.nan
+        for layer, index in sorted(real.nonzero().tolist(), key=lambda place: bypass[tuple(place)]):
+            score_induce_and_kl(layer, [index])
+            if scores.passing()[layer, index]:
+                break
+    return scores
 
 
 def select_direction(scores, max_kl=0.1, min_induce=0.0, max_layer=0.8):
@@ -181,13 +194,14 @@ def no_finding(fault):
 
 
 def find_direction(model, harmful_train, harmless_train, harmful_val, harmless_val,
-                   batch_size=64, progress=False, strict=True):
+                   batch_size=64, progress=False, strict=True, every_score=True):
     """The whole method -> (Direction, CandidateScores).
 
     First leaves out, as the paper does, harmful prompts that the model would answer and harmless ones that
     it would refuse, by the sign of the refusal metric.
     Raises ValueError if that leaves none, or if no candidate passes the filters. With strict=False it says so in one
     line and goes on, to show the steps on any model: with all the prompts, or with the candidate of `lowest_bypass`.
+    every_score=False, for those who want the direction alone: the same one, in about half the time.
     """
     given = (harmful_train, True), (harmful_val, True), (harmless_train, False), (harmless_val, False)
     kept = [_refused(model, *side, batch_size) for side in given]
@@ -198,7 +212,7 @@ def find_direction(model, harmful_train, harmless_train, harmful_val, harmless_v
     harmful, harmless = (mean_residual_stream(model, prompts, batch_size=batch_size)  # no stream is kept
                          for prompts in (harmful_train, harmless_train))
     candidates = harmful - harmless
-    scores = score_candidates(model, candidates, harmful_val, harmless_val, batch_size, progress)
+    scores = score_candidates(model, candidates, harmful_val, harmless_val, batch_size, progress, every_score)
     select = select_direction
     if not (strict or scores.passing().any()):
         select = lowest_bypass
@@ -210,7 +224,7 @@ def find_direction(model, harmful_train, harmless_train, harmful_val, harmless_v
 
 
 def tokens_read(n_tokens, n_candidates, n_train, n_val):
-    """How many tokens a model reads until `find_direction` has chosen. With them grow the hours that this takes.
+    """How many tokens a model reads until `find_direction` has chosen, every score computed. With them grow the hours.
 
     n_tokens: of a prompt, on average. n_candidates: n_layers times n_positions, less those at layer 0 where the
     template's tokens are the same in every prompt. n_train, n_val: prompts of each side.
