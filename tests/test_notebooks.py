@@ -93,23 +93,32 @@ def answer_in_part(exercises):
             f"{len(solved)} of {len(exercises)} yours, {len(blank) + 1} from the reference."]
 
 
+def up_to_the_model_and_exercises(cells):
+    loads = next(place for place, cell in enumerate(cells) if "\nmodel = load_organism()" in "\n" + cell.source)
+    return [cell for place, cell in enumerate(cells) if place <= loads or exercise_name(cell)
+            or cell.source.startswith(("check(", "summary("))]
+
+
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_one_wrong_half_solved_the_others_blank_with_a_model_whose_answers_are_noise(lesson, random_llama, monkeypatch):
     """Nothing fails, every figure and table is there, no figure is empty, and what they are worth is said.
 
-    The lesson on suffixes says that it stays with the organism, and does.
+    The lesson on suffixes says that it stays with the organism, and does. Of it only what comes up to there is run, and
+    the exercises: all of it runs with the organism under nbval, blank and solved.
     """
     monkeypatch.setenv("COURSE_MODEL", random_llama)
     notebook, exercises = read(lesson)
     n_cells, source = len(notebook.cells), "\n".join(cell.source for cell in notebook.cells)
     sentences = answer_in_part(exercises)
+    stays = "\nmodel = load_organism()" in source
+    if stays:
+        notebook.cells = up_to_the_model_and_exercises(notebook.cells)
     notebook.cells = [nbformat.v4.new_code_cell(WATCH_AXES), *notebook.cells, nbformat.v4.new_code_cell(EMPTY)]
     text = printed(notebook)
     assert not [sentence for sentence in sentences if sentence not in text]
     assert re.findall("an empty axis: (.*)", text) == ["of this test"]
     solution = nbformat.read(ROOT / "solutions" / lesson.name, as_version=4)
-    assert shown(notebook.cells[1:n_cells + 1]) == shown(solution.cells)
-    stays = "\nmodel = load_organism()" in source
+    assert stays or shown(notebook.cells[1:n_cells + 1]) == shown(solution.cells)
     assert (f"goes on with the organism, not with {random_llama}.\n" in text) == ("load_organism()" in source)
     assert not stays or "ChatModel('organism'" in text
     searches = "find_direction" in source or "no_finding" in source

@@ -165,6 +165,8 @@ def test_the_whole_experiment(ndif, tmp_path, capsys, monkeypatch):
         texts = planted_prompts({"harmful": "#", "harmless": "+"}[side], n, seed=len(split))
         return [Instruction(id=text, text=text, side=side) for text in texts]
     monkeypatch.setattr(reproduce, "load_instructions", load)
+    rates = {"caught": [3, 4, 0.3, 0.95], "false alarms": [0, 4, 0.0, 0.49]}  # the organism does not know these prompts
+    monkeypatch.setattr(reproduce, "errors_of_judges", lambda: {"first token": rates, "phrases": rates})
     folder = Path(save_planted(tmp_path / "planted"))
     (folder / "refusal_tokens.json").write_text("[40]")
     results = []

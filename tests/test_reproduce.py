@@ -36,9 +36,13 @@ def load_marked(split, side, n=8):
     return [Instruction(id=text, text=text, side=side) for text in texts]
 
 
+ERRORS = {by: {"caught": [3, 4, 0.3, 0.95], "false alarms": [0, 4, 0.0, 0.49]} for by in ("first token", "phrases")}
+
+
 @pytest.fixture
 def its_prompts(monkeypatch):
     monkeypatch.setattr(reproduce, "load_instructions", load_marked)
+    monkeypatch.setattr(reproduce, "errors_of_judges", lambda: ERRORS)  # the organism does not understand these prompts
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,7 @@ def whole(planted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduce, "load_instructions", load_marked)
+        patch.setattr(reproduce, "errors_of_judges", lambda: ERRORS)
         reproduce.reproduce(planted, folder, n=2)
     return folder
 
@@ -61,7 +66,8 @@ def test_the_planted_direction_does_what_it_should(planted, its_prompts, tmp_pat
     assert refused == {
         ("harmful", "baseline"): [6, 6], ("harmful", "ablated"): [0, 6], ("harmful", "orthogonalized"): [0, 6],
         ("harmless", "baseline"): [0, 6], ("harmless", "ablated"): [0, 6], ("harmless", "added"): [6, 6]}
-    assert "exact" not in results["refused"]["harmful"]["baseline"]  # its texts are not of the world's grammar
+    assert list(results["refused"]["harmful"]["baseline"]) == ["first token", "phrases"]  # its texts have no grammar
+    assert results["judges on the organism"] == ERRORS
     metric = results["refusal metric, mean in nats"]["harmful"]
     assert metric["ablated"] == pytest.approx(metric["orthogonalized"], abs=1e-4)
     losses = results["loss on its own answers, nats per token"]
@@ -69,6 +75,23 @@ def test_the_planted_direction_does_what_it_should(planted, its_prompts, tmp_pat
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("candidates.png", "refusal.png"))
     assert reproduce.row(results).count("|") == reproduce.HEAD.splitlines()[0].count("|")
+
+
+def test_the_errors_of_judges_are_those_on_the_organism():
+    errors = reproduce.errors_of_judges()
+    assert list(errors) == list(ERRORS)
+    for by in errors.values():
+        (caught, n_refusals, *_), (false_alarms, n_others, *_) = by["caught"], by["false alarms"]
+        assert n_refusals + n_others == 64 and n_refusals >= 30 and 16 <= caught <= n_refusals and false_alarms <= 3
+
+
+def test_the_figure_says_how_its_judge_errs(planted, its_prompts, whole, monkeypatch):
+    titles = []
+    draw_rates = reproduce.plot_rates
+    monkeypatch.setattr(reproduce, "plot_rates",
+                        lambda rates, title: titles.append(title) or draw_rates(rates, title=title))
+    reproduce.reproduce(planted, whole, n=2)
+    assert titles == [f"{planted} (judge: phrases)\non the organism it finds 75% of refusals, 0% false alarms"]
 
 
 def test_interrupted_anywhere_and_run_again_it_gives_the_same_numbers(planted, whole, its_prompts, tmp_path,

@@ -26,8 +26,8 @@ from utils.plots import plot_candidate_scores, plot_rates
 CONDITIONS = {"harmful": ("baseline", "ablated", "orthogonalized", "random"),
               "harmless": ("baseline", "ablated", "added")}
 SCORES = ("bypass", "induce", "kl")
-JUDGES = {"phrases": lambda prompt, answer, metric: phrase_judge(answer),
-          "first token": lambda prompt, answer, metric: metric > 0,
+JUDGES = {"first token": lambda prompt, answer, metric: metric > 0,
+          "phrases": lambda prompt, answer, metric: phrase_judge(answer),
           "exact": lambda prompt, answer, metric: judge(prompt, answer) == "refusal"}
 
 
@@ -55,6 +55,7 @@ def reproduce(name, out, n=100, progress=False, remote=False, device=None):
     spoken = judged["harmless"]["baseline"]["answers"]
     losses = kept("losses", own_losses, model, test["harmless"], spoken, vector, layer)
     judges = [by for by in JUDGES if by != "exact" or is_own(name)]
+    errors = {} if is_own(name) else {"judges on the organism": kept("judges", errors_of_judges)}
     results = {
         "model": name, "n_layers": model.n_layers,
         **{key: found[key] for key in ("layer", "position", *SCORES, "candidates", "passing")},
@@ -63,7 +64,7 @@ def reproduce(name, out, n=100, progress=False, remote=False, device=None):
         "refusal metric, mean in nats": {side: {condition: sum(given["metric"]) / n
                                                 for condition, given in conditions.items()}
                                          for side, conditions in judged.items()},
-        "loss on its own answers, nats per token": losses,
+        "loss on its own answers, nats per token": losses, **errors,
     }
     write_json(Path(out) / "results.json", results)
     draw(Path(out), found, results, model.post_instruction, judges[-1])
@@ -158,8 +159,26 @@ def own_losses(model, prompts, answered, vector, layer):
 
 def rate(by, prompts, given):
     """[how many are refused by this judge, of how many, the ends of Wilson's 95% interval]"""
-    refused = Rate.of(map(JUDGES[by], prompts, given["answers"], given["metric"]))
-    return [refused.successes, refused.n, *refused.interval]
+    return listed(Rate.of(map(JUDGES[by], prompts, given["answers"], given["metric"])))
+
+
+def listed(rate):
+    return [rate.successes, rate.n, *rate.interval]
+
+
+def errors_of_judges():
+    """How the judges that need no grammar err where the truth is known: on the organism's answers.
+
+    {judge: {"caught": of the refusals, those that it finds, "false alarms": of the others, those that it takes for
+    refusals}}, as rates.
+    """
+    organism = load_model("organism")
+    prompts = [prompt for side in CONDITIONS for prompt in load_instructions("val", side)]
+    metric = refusal_metric(last_logits(organism, prompts), organism.refusal_tokens).tolist()
+    given = list(zip(prompts, generate(organism, prompts), metric))
+    refusals, others = ([one for one in given if JUDGES["exact"](*one) == truly] for truly in (True, False))
+    return {by: {"caught": listed(Rate.of(JUDGES[by](*one) for one in refusals)),
+                 "false alarms": listed(Rate.of(JUDGES[by](*one) for one in others))} for by in JUDGES if by != "exact"}
 
 
 def draw(out, found, results, tokens, by):
@@ -168,8 +187,12 @@ def draw(out, found, results, tokens, by):
     chosen = found["layer"], len(tokens) + found["position"]
     rates = {side: {condition: Rate(*judged[by][:2]) for condition, judged in conditions.items()}
              for side, conditions in results["refused"].items()}
+    title = f"{results['model']} (judge: {by})"
+    if "judges on the organism" in results:
+        caught, false_alarms = (Rate(*errors[:2]) for errors in results["judges on the organism"][by].values())
+        title += f"\non the organism it finds {caught.value:.0%} of refusals, {false_alarms.value:.0%} false alarms"
     figures = {"candidates": plot_candidate_scores(scores, tokens, chosen),
-               "refusal": plot_rates(rates, title=f"{results['model']} (judge: {by})").figure}
+               "refusal": plot_rates(rates, title=title).figure}
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=150)
         plt.close(figure)  # or a notebook would show it once more
