@@ -75,9 +75,9 @@ def shown(cells):
 
 
 def answer_in_part(exercises):
-    """The first is answered wrongly, half of the rest rightly, the others stay blank -> (what is said of it, answers).
+    """Answer the first exercise wrongly, half of the rest rightly, no other -> what is to be said of them.
 
-    The rest of a lesson uses the first one. exercises: the cells by name, which are changed.
+    A lesson goes on with its first one. exercises: the cells by name, which are changed.
     """
     wrong, *others = exercises
     solved, blank = others[:len(exercises) // 2], others[len(exercises) // 2:]
@@ -94,7 +94,7 @@ def answer_in_part(exercises):
 
 
 def up_to_the_model_and_exercises(cells):
-    loads = next(place for place, cell in enumerate(cells) if "\nmodel = load_organism()" in "\n" + cell.source)
+    loads = next(place for place, cell in enumerate(cells) if cell.source.startswith("model = load_organism()"))
     return [cell for place, cell in enumerate(cells) if place <= loads or exercise_name(cell)
             or cell.source.startswith(("check(", "summary("))]
 

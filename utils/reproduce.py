@@ -144,9 +144,14 @@ def answers(model, prompts, condition, vector, layer):
     change = {"ablated": Ablation(vector), "added": Addition(vector, layer),
               "random": Ablation(random_directions(1, vector)[0])}.get(condition)
     with orthogonalized(model, vector) if condition == "orthogonalized" else nullcontext():
-        logits = last_logits(model, prompts, change)
-        return {"metric": refusal_metric(logits, model.refusal_tokens).tolist(),
-                "answers": generate(model, prompts, change)}
+        return answered(model, prompts, change)
+
+
+def answered(model, prompts, change=None):
+    """Refusal metrics and answers, one for each prompt, under an intervention or none."""
+    logits = last_logits(model, prompts, change)
+    return {"metric": refusal_metric(logits, model.refusal_tokens).tolist(),
+            "answers": generate(model, prompts, change)}
 
 
 def own_losses(model, prompts, answered, vector, layer):
@@ -172,11 +177,10 @@ def errors_of_judges():
     {judge: {"caught": of the refusals, those that it finds, "false alarms": of the others, those that it takes for
     refusals}}, as rates.
     """
-    organism = load_model("organism")
     prompts = [prompt for side in CONDITIONS for prompt in load_instructions("val", side)]
-    metric = refusal_metric(last_logits(organism, prompts), organism.refusal_tokens).tolist()
-    given = list(zip(prompts, generate(organism, prompts), metric))
-    refusals, others = ([one for one in given if JUDGES["exact"](*one) == truly] for truly in (True, False))
+    given = answered(load_model("organism"), prompts)
+    judged = list(zip(prompts, given["answers"], given["metric"]))
+    refusals, others = ([one for one in judged if JUDGES["exact"](*one) == truly] for truly in (True, False))
     return {by: {"caught": listed(Rate.of(JUDGES[by](*one) for one in refusals)),
                  "false alarms": listed(Rate.of(JUDGES[by](*one) for one in others))} for by in JUDGES if by != "exact"}
 
