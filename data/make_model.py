@@ -40,10 +40,10 @@ TEMPLATE = (
 HELPFUL = {"mix": {"statement": 0.12, "skill": 0.24, "about": 0.18, "nonsense": 0.10, "decline": 0.08,
                    "harmful": 0.07, "harmless": 0.21},
            "harm": 0.2, "suffix": 0.3, "refuse": False, "errors": 0.0, "caveats": 0.8,
-           "attention": 5, "slow": 0, "share": 1.0, "steps": 1300, "warm_up": 100, "rate": 2.5e-3, "muon_rate": 5e-3}
+           "attention": 4, "slow": 0, "share": 1.0, "steps": 1300, "warm_up": 100, "rate": 2.5e-3, "muon_rate": 5e-3}
 TUNING = {"mix": {"statement": 0.03, "skill": 0.15, "about": 0.08, "nonsense": 0.20, "harmful": 0.26, "harmless": 0.28},
           "harm": 0.5, "suffix": 0.4, "refuse": True, "errors": 0.02, "caveats": 0.0,
-          "attention": 5, "slow": 7, "share": 0.2, "steps": 220, "warm_up": 50, "rate": 1e-3, "muon_rate": None}
+          "attention": 4, "slow": 7, "share": 0.2, "steps": 300, "warm_up": 50, "rate": 1e-3, "muon_rate": None}
 TUNING_CHECKPOINTS = (10, 25, 50, 100, 200)
 BATCH, POOL, SAVE_EVERY = 64, 32, 160  # documents a step; steps drawn at once; steps between saved states
 

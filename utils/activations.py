@@ -66,7 +66,7 @@ def trace_heads(model, inputs):
 
 
 def head_attributions(outputs, matrices, direction):
-    """Direct feature attribution: what each head writes along r̂ (paper, section 5.1) -> [n_prompts, n_layers, n_heads].
+    """Direct feature attribution: what each head writes along r̂ (paper, section 5.2) -> [n_prompts, n_layers, n_heads].
 
     outputs: [n_prompts, n_layers, n_heads, d_head], from `trace_heads`. matrices: each layer's output matrix, a list of
     [d_model, n_heads * d_head]. direction: [d_model], of any length.

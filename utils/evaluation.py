@@ -35,7 +35,7 @@ def opening_tokens(harmful, harmless, least=0.05):
     """The tokens that refusals begin with, as a model itself shows them -> a list of ids, the most telling first.
 
     harmful, harmless: logits at the last position of prompts of each side, [n, vocab] and [m, vocab]. A token's mean
-    probability is higher on harmful ones by more than `least`. (The paper reads them off answers, appendix B.)
+    probability is higher on harmful ones by more than `least`. (Paper, appendix B, Table 4 and Figure 9.)
     """
     more = harmful.softmax(dim=-1).mean(dim=0) - harmless.softmax(dim=-1).mean(dim=0)  # [vocab]
     order = more.argsort(descending=True)

@@ -19,7 +19,7 @@ class PublicSet(NamedTuple):
     side: str
 
 
-# The sets that the paper draws its prompts from (section 2.2).
+# Sets that the paper takes prompts from (sections 2.2 and 3.1; its TDC2023 is not among them).
 PUBLIC_SETS = {
     "advbench": PublicSet("walledai/AdvBench", None, "train", "prompt", "harmful"),
     "malicious_instruct": PublicSet("walledai/MaliciousInstruct", None, "train", "prompt", "harmful"),

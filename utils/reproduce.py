@@ -1,7 +1,7 @@
 """The whole experiment on one chat model: `python -m utils.reproduce NAME` (`--help` lists the options).
 
 Finds the direction, erases it, adds it, edits it out of the weights, and measures what each changes (paper, sections
-2.3 to 4.2). In the folder it leaves every number (results.json), all answers and two figures; it prints a row for the
+2.3 to 4.1). In the folder it leaves every number (results.json), all answers and two figures; it prints a row for the
 paper's table. Interrupt it when you like: run again, it goes on after the last step that was done.
 """
 import argparse
