@@ -1,5 +1,6 @@
 """Every exercise in its three states (blank, right, wrong in each named way), the strict switch, and the summary."""
 import inspect
+from pathlib import Path
 from types import FunctionType
 
 import pytest
@@ -10,10 +11,11 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from utils import checks, exercises
-from utils.checks import CHECKS
+from utils.checks import all_checks
 from utils.evaluation import Rate
 from utils.exercises import check, exercise, is_blank, summary
 
+CHECKS = all_checks()
 MISTAKES = [pytest.param(name, sentence, id=f"{name}: {sentence[:50]}")
             for name in CHECKS for sentence in CHECKS[name].mistakes]
 
@@ -40,6 +42,11 @@ def blank(name):
 
 
 # the three states of each exercise
+
+def test_every_file_of_checks_is_known():
+    files = {path.stem for path in Path(checks.__file__).parent.glob("*.py")}
+    assert files == {"__init__", *checks.MODULES}
+
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_blank_is_answered_by_the_reference_and_said_once(name, capsys):

@@ -11,7 +11,7 @@ import pytest
 from tiny_models import save_tiny
 from transformers import GenerationConfig
 
-from utils.checks import CHECKS
+from utils.checks import find_check
 from utils.solutions import DIFFICULTY, ROOT, exercise_name, fill, lessons, run
 
 LESSONS = [pytest.param(lesson, id=lesson.stem) for lesson in lessons()]
@@ -81,10 +81,10 @@ def answer_in_part(exercises):
     """
     wrong, *others = exercises
     solved, blank = others[:len(exercises) // 2], others[len(exercises) // 2:]
-    sentence = next(iter(CHECKS[wrong].mistakes))
+    sentence = next(iter(find_check(wrong).mistakes))
     exercises[wrong].source = (
-        f"from utils.checks import CHECKS\n\n@exercise\ndef {wrong}(*args, **kwargs):\n"
-        f"    return CHECKS[{wrong!r}].mistakes[{sentence!r}](*args, **kwargs)")
+        f"from utils.checks import find_check\n\n@exercise\ndef {wrong}(*args, **kwargs):\n"
+        f"    return find_check({wrong!r}).mistakes[{sentence!r}](*args, **kwargs)")
     for name in solved:
         exercises[name].source = fill(exercises[name].source, name)
     return [f"Not yet: {wrong}: {sentence}\nUntil it is right, the reference answers in its place.",
@@ -160,6 +160,6 @@ def test_exercises_are_blank_and_called_as_in_utils(lesson):
         [function] = [node for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef)]
         assert ast.get_docstring(function), f"{name}: the docstring says what to write"
         assert [ast.unparse(node) for node in function.body[1:]] == ["..."], f"{name}: the body is `...`"
-        wanted = inspect.signature(CHECKS[name].reference).parameters
+        wanted = inspect.signature(find_check(name).reference).parameters
         assert [argument.arg for argument in function.args.args] == list(wanted)[:len(function.args.args)], \
             f"{name}: the arguments have the names that they have in utils"

@@ -7,7 +7,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from utils import solutions
-from utils.checks import CHECKS
+from utils.checks import all_checks
 
 EXERCISE = '''\
 # Your turn.
@@ -91,7 +91,7 @@ def test_unknown_exercise_is_refused(lesson):
         solutions.build(lesson)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", all_checks())
 def test_every_reference_can_be_marked(name):
     source = solutions.fill("@exercise\n", name)
     assert source.count("### BEGIN SOLUTION") == source.count("### END SOLUTION") == 1

@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.output_widget import OutputWidget
 
-from utils.checks import CHECKS
+from utils.checks import find_check
 
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISE = re.compile(r"^@exercise\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)  # the first lines of a learner's function
@@ -61,7 +61,7 @@ def fill(source, name):
 
     What stands above `@exercise` is kept. Raises KeyError if there is no such exercise.
     """
-    return source[:source.index("@exercise")] + "@exercise\n" + mark(inspect.getsource(CHECKS[name].reference))
+    return source[:source.index("@exercise")] + "@exercise\n" + mark(inspect.getsource(find_check(name).reference))
 
 
 def mark(source):
