@@ -33,6 +33,17 @@ class Check:
     tolerance: float = 1e-4  # relative and absolute
     call: Callable = lambda function, *args: function(*args)  # how it is tried: some functions need a trace around them
 
+    @functools.cached_property
+    def expected(self):
+        """What the reference answers on each case."""
+        return [self.call(self.reference, *args) for args in self.cases()]
+
+    @functools.cached_property
+    def mistaken(self):
+        """What each mistake answers on each case: {sentence: list}."""
+        return {sentence: [outcome(self, mistake, args) for args in self.cases()]
+                for sentence, mistake in self.mistakes.items()}
+
 
 def register(reference, cases, mistakes, **options):
     """Make an exercise of a function of utils; its arguments are those of `Check`."""
@@ -60,8 +71,7 @@ def find_fault(check, attempt):
     """One sentence on what is wrong with `attempt`, or None if it agrees with the reference on every case."""
     tried = check.cases()
     given = [outcome(check, attempt, args) for args in tried]
-    expected = [check.call(check.reference, *args) for args in check.cases()]
-    faults = list(map(difference, given, expected, repeat(check)))
+    faults = list(map(difference, given, check.expected, repeat(check)))
     if any(faults):
         case = next(i for i, fault in enumerate(faults) if fault)
         return likeliest_mistake(check, given, case) or shown(check.cases()[case]) + faults[case]
@@ -76,9 +86,8 @@ def likeliest_mistake(check, given, case):
     A single True or False says little: there, all cases must agree.
     """
     likeness = {}
-    for sentence, mistaken in check.mistakes.items():
-        mistakes = [outcome(check, mistaken, args) for args in check.cases()]
-        same = [not difference(*pair, check) for pair in zip(given, mistakes)]
+    for sentence, mistaken in check.mistaken.items():
+        same = [not difference(*pair, check) for pair in zip(given, mistaken)]
         if all(same) if isinstance(given[case], bool) else same[case]:
             likeness[sentence] = sum(same)
     return max(likeness, key=likeness.get, default=None)
