@@ -10,11 +10,6 @@ PEAK_MEMORY = 900  # MB, of a notebook's kernel
 STRICT = os.environ.get("COURSE_STRICT", "0")
 
 
-def pytest_collection_modifyitems(items):
-    """The last lessons first: they take longest, and two processes that share the work should end together."""
-    items.sort(key=lambda item: item.path.stem if item.path.suffix == ".ipynb" else "", reverse=True)
-
-
 @pytest.hookimpl(tryfirst=True)  # the kernel is started after this, with the notebook's first cell
 def pytest_runtest_setup(item):
     """In solutions/ every check is strict."""
