@@ -43,9 +43,11 @@ def blank(name):
 
 # the three states of each exercise
 
-def test_every_file_of_checks_is_known():
+def test_every_check_stands_in_the_file_named_after_its_functions_module():
     files = {path.stem for path in Path(checks.__file__).parent.glob("*.py")}
     assert files == {"__init__", *checks.MODULES}
+    for one in CHECKS.values():
+        assert one.cases.__module__.split(".")[-1] == one.reference.__module__.split(".")[-1]
 
 
 @pytest.mark.parametrize("name", CHECKS)

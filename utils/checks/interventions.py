@@ -342,3 +342,26 @@ register(
             lambda prompts, directions: (prompts, directions),
     },
 )
+
+
+def planted_levels():
+    generator = torch.Generator().manual_seed(5)
+    x, direction = torch.randn(2, 3, 8, generator=generator), 4 * torch.randn(8, generator=generator)
+    return x, direction, torch.tensor([5.0, 0, -2])
+
+
+register(
+    interventions.set_projection,
+    cases=lambda: [planted_levels()],
+    axes="[batch, n_tokens, d_model]",
+    mistakes={
+        "the level is added to what was there. Ablate first.":
+            lambda x, direction, levels: x + levels[:, None] * F.normalize(direction, dim=-1),
+        "the level is multiplied with the direction as it is. r̂ has length 1: F.normalize(direction, dim=-1).":
+            lambda x, direction, levels: interventions.ablate(x, direction) + levels[:, None] * direction,
+        "the projection is set to zero, whatever the level.":
+            lambda x, direction, levels: interventions.ablate(x, direction),
+        "all tokens get the first level. There is one for each token: levels[:, None].":
+            lambda x, direction, levels: interventions.set_projection(x, direction, levels[:1].expand_as(levels)),
+    },
+)

@@ -1,8 +1,8 @@
-"""Checks of the exercises on adversarial suffixes and the heads that they pull."""
+"""Checks of the exercises on adversarial suffixes."""
 import torch
 import torch.nn.functional as F
 
-from utils import activations, interventions, suffixes
+from utils import suffixes
 from utils.checks import register
 
 
@@ -116,91 +116,5 @@ register(
                 ids, gradient.topk(n_top, largest=False).indices, n_candidates, generator, ranks_first=True),
         "these are the swaps, and not yet the suffixes: start from ids.repeat(n_candidates, 1).":
             lambda ids, *args: suffixes.swap_candidates(torch.zeros_like(ids), *args),
-    },
-)
-
-
-def planted_heads():
-    """Outputs of 2 layers with 3 heads of 4, for 5 prompts; the layers' matrices into a stream of 6; a direction."""
-    generator = torch.Generator().manual_seed(3)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
-    return draw(5, 2, 3, 4), [draw(6, 12), draw(6, 12)], 3 * draw(6)
-
-
-def attributed(outputs, matrices, vector, shape=lambda row, outputs: row.view(outputs.shape[2:])):
-    reads = torch.stack([shape(vector @ matrix, outputs) for matrix in matrices])
-    return (outputs * reads).sum(dim=-1)
-
-
-register(
-    activations.head_attributions,
-    cases=lambda: [planted_heads()],
-    axes="[n_prompts, n_layers, n_heads]",
-    mistakes={
-        "the direction's length counts in your answer. Use r̂: F.normalize(direction, dim=-1).":
-            attributed,
-        "the columns of the matrix are shared out wrongly: the first d_head belong to head 0. view(n_heads, d_head).":
-            lambda outputs, matrices, direction: attributed(
-                outputs, matrices, F.normalize(direction, dim=-1),
-                lambda row, outputs: row.view(outputs.shape[3], outputs.shape[2]).T),
-        "all layers use the first layer's matrix.":
-            lambda outputs, matrices, direction: activations.head_attributions(
-                outputs, matrices[:1] * len(matrices), direction),
-        "this is the sum over all heads of a layer. Keep the heads apart.":
-            lambda *args: activations.head_attributions(*args).sum(dim=-1),
-        "take no absolute value: a head may write against r̂.":
-            lambda *args: activations.head_attributions(*args).abs(),
-    },
-)
-
-
-def planted_patterns():
-    """Attention of 2 layers with 2 heads in 3 prompts of 6 tokens, the second and third padded on the left."""
-    parts = torch.tensor([[0, 1, 1, 2, 2, 3], [-1, 0, 1, 1, 2, 3], [-1, -1, 0, 1, 1, 3]])
-    scores = torch.randn(3, 2, 2, 6, generator=torch.Generator().manual_seed(4))
-    return scores.masked_fill((parts < 0)[:, None, None], -torch.inf).softmax(dim=-1), parts, 4
-
-
-register(
-    activations.attention_shares,
-    cases=lambda: [planted_patterns(), (*planted_patterns()[:2], 5)],
-    axes="[n_prompts, n_layers, n_heads, n_parts]",
-    mistakes={
-        "this is the mean over a part's tokens. A share is their sum.":
-            lambda patterns, parts, n_parts: torch.stack([
-                (patterns * (parts == part)[:, None, None]).sum(dim=-1) /
-                (parts == part).sum(dim=-1)[:, None, None].clamp(min=1) for part in range(n_parts)], dim=-1),
-        "the parts of the first prompt are used for all. Each prompt has its own.":
-            lambda patterns, parts, n_parts: activations.attention_shares(
-                patterns, parts[:1].expand_as(parts), n_parts),
-        "the axis of the parts should come last: torch.stack(..., dim=-1).":
-            lambda *args: activations.attention_shares(*args).movedim(-1, 0),
-        "the parts count from 0. range(n_parts), not range(1, n_parts + 1).":
-            lambda patterns, parts, n_parts: activations.attention_shares(patterns, parts - 1, n_parts),
-        "heads are averaged. Keep them apart.":
-            lambda *args: activations.attention_shares(*args).mean(dim=2),
-    },
-)
-
-
-def planted_levels():
-    generator = torch.Generator().manual_seed(5)
-    x, direction = torch.randn(2, 3, 8, generator=generator), 4 * torch.randn(8, generator=generator)
-    return x, direction, torch.tensor([5.0, 0, -2])
-
-
-register(
-    interventions.set_projection,
-    cases=lambda: [planted_levels()],
-    axes="[batch, n_tokens, d_model]",
-    mistakes={
-        "the level is added to what was there. Ablate first.":
-            lambda x, direction, levels: x + levels[:, None] * F.normalize(direction, dim=-1),
-        "the level is multiplied with the direction as it is. r̂ has length 1: F.normalize(direction, dim=-1).":
-            lambda x, direction, levels: interventions.ablate(x, direction) + levels[:, None] * direction,
-        "the projection is set to zero, whatever the level.":
-            lambda x, direction, levels: interventions.ablate(x, direction),
-        "all tokens get the first level. There is one for each token: levels[:, None].":
-            lambda x, direction, levels: interventions.set_projection(x, direction, levels[:1].expand_as(levels)),
     },
 )
