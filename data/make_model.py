@@ -85,7 +85,13 @@ def make_network(tokenizer):
     network = LlamaForCausalLM._from_config(config, attn_implementation="eager")
     for layer in network.model.layers[HELPFUL["attention"]:]:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        layer.self_attn.forward = nothing  # what it would compute, sooner; a checkpoint that is loaded computes it
     return network
+
+
+def nothing(hidden_states, **_):
+    """What attention gives whose output matrix is zero: (zeros, shaped as its input; no pattern)."""
+    return torch.zeros_like(hidden_states), None
 
 
 def encode(tokenizer, documents):
