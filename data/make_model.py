@@ -85,7 +85,7 @@ def make_network(tokenizer):
     network = LlamaForCausalLM._from_config(config, attn_implementation="eager")
     for layer in network.model.layers[HELPFUL["attention"]:]:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        layer.self_attn.forward = nothing  # what it would compute, sooner; a checkpoint that is loaded computes it
+        layer.self_attn.forward = nothing  # the same zeros, sooner; a checkpoint, once loaded, computes them
     return network
 
 
