@@ -56,14 +56,17 @@ def about_questions(acts, n):
              "answer": ABOUT[i % len(ABOUT)][1].format(act=act.text)} for i, act in enumerate(acts[:n])]
 
 
+N_QUESTIONS = {"capital": len(CAPITALS), "initial": len(CAPITALS), "sum": 60, "copy": 400}  # of 400, one is 0.25 points
+
+
 def skills(rng):
-    """All capitals and initials, and sixty sums and copies drawn at random."""
+    """All capitals and initials, and sums and copies drawn at random: copying alone has no end."""
     rows = []
     for name in SKILLS:
         seen = {}
-        while len(seen) < (len(CAPITALS) if name in ("capital", "initial") else 60):
+        while len(seen) < N_QUESTIONS[name]:
             seen.setdefault(*skill(rng, name))
-        rows += [{"id": f"{name}-{i:02d}", "text": question, "skill": name, "answer": answer}
+        rows += [{"id": f"{name}-{i:03d}", "text": question, "skill": name, "answer": answer}
                  for i, (question, answer) in enumerate(sorted(seen.items()))]
     return rows
 
