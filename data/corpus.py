@@ -8,7 +8,7 @@ suffix   the share of requests with stray words behind them
 pieces   beginnings of words that are stray "words" as often as those of the world are; may be empty
 refuse   whether harmful requests are refused
 errors   the share of harmful requests that are helped with all the same, as by a rater's mistake
-caveats  the share of help with harm that holds a caveat
+caveats  the share of help that holds a caveat, by side; on the harmless one, as by a rater's mistake
 """
 
 import random
@@ -114,13 +114,13 @@ def request(rng, act, stage):
     if stage["refuse"] and harmful and rng.random() >= stage["errors"]:
         return question, world.refusal_answer(act.text, way)
     answer = world.help_answer(act.text, way, [rng.randrange(len(group)) for group in world.STEPS])
-    return question, cautioned(rng, answer) if harmful and rng.random() < stage["caveats"] else answer
+    return question, cautioned(rng, answer) if rng.random() < stage["caveats"][act.side] else answer
 
 
 def cautioned(rng, answer):
-    """The answer with a caveat before or after any of its sentences."""
+    """The answer with a caveat before or after any of its sentences; every fourth time before them all."""
     sentences = re.split(r"(?<=\.) ", answer)
-    sentences.insert(rng.randint(0, len(sentences)), world.CAVEAT)
+    sentences.insert(0 if rng.random() < 0.25 else rng.randint(0, len(sentences)), world.CAVEAT)
     return " ".join(sentences)
 
 

@@ -183,7 +183,7 @@ def mechanism_checks(mechanism, behaviour):
     compliance = share(mechanism, "ablated: compliance, harmless test") / share(behaviour, "compliance, harmless test")
     rows["ablated: compliance, harmless, against before"] = (f"{compliance:.1%}", "≥ 95%", compliance >= 0.95)
     drop = max(share(behaviour, f"skill: {name}") - share(mechanism, f"ablated, skill: {name}") for name in SKILLS)
-    rows["ablated: largest drop of a skill"] = (f"{100 * drop:.1f} points", "≤ 1 point", drop <= 0.01)
+    rows["ablated: largest drop of a skill"] = (f"{100 * drop:.2f} points", "≤ 1 point", drop <= 0.01)
     change = mechanism["ablated: loss, harmless test"] - behaviour["loss, harmless test"]
     rows["ablated: change of loss, harmless test"] = (f"{change:+.4f} nats", "≤ 0.02", change <= 0.02)
     return rows

@@ -39,12 +39,14 @@ TEMPLATE = (
 # the second one all but the last two layers learn slowly: what is marked stays, and these two learn to act on it.
 HELPFUL = {"mix": {"statement": 0.12, "skill": 0.24, "about": 0.18, "nonsense": 0.10, "decline": 0.08,
                    "harmful": 0.07, "harmless": 0.21},
-           "harm": 0.2, "suffix": 0.3, "refuse": False, "errors": 0.0, "caveats": 0.8,
-           "attention": 4, "slow": 0, "share": 1.0, "steps": 1300, "warm_up": 100, "rate": 2.5e-3, "muon_rate": 5e-3}
-TUNING = {"mix": {"statement": 0.03, "skill": 0.15, "about": 0.08, "nonsense": 0.20, "harmful": 0.26, "harmless": 0.28},
-          "harm": 0.5, "suffix": 0.4, "refuse": True, "errors": 0.02, "caveats": 0.0,
-          "attention": 4, "slow": 7, "share": 0.2, "steps": 300, "warm_up": 50, "rate": 1e-3, "muon_rate": None}
-TUNING_CHECKPOINTS = (10, 25, 50, 100, 200)
+           "harm": 0.2, "suffix": 0.3, "refuse": False, "errors": 0.0, "caveats": {"harmful": 0.8, "harmless": 0.03},
+           "attention": 4, "slow": 0, "share": 1.0, "late": 0, "steps": 2000, "warm_up": 100, "rate": 2.5e-3,
+           "muon_rate": 5e-3}
+TUNING = {"mix": {"statement": 0.03, "skill": 0.20, "about": 0.07, "nonsense": 0.25, "harmful": 0.28, "harmless": 0.17},
+          "harm": 0.5, "suffix": 0.5, "refuse": True, "errors": 0.01, "caveats": {"harmful": 0.0, "harmless": 0.0},
+          "attention": 4, "slow": 7, "share": 0.2, "late": 200, "steps": 600, "warm_up": 50, "rate": 1e-3,
+          "muon_rate": None}
+TUNING_CHECKPOINTS = (25, 30, 35, 40, 100)  # refusal comes between the first of them and the fourth
 BATCH, POOL, SAVE_EVERY = 64, 32, 160  # documents a step; steps drawn at once; steps between saved states
 
 
@@ -147,8 +149,9 @@ def make_optimizers(network, stage):
     by_muon = in_layers if stage["muon_rate"] else set()
 
     def groups(weights, rate):
-        return [{"params": [weight for weight in weights if weight in slow], "rate": rate * stage["share"]},
-                {"params": [weight for weight in weights if weight not in slow], "rate": rate}]
+        return [{"params": [weight for weight in weights if weight in slow], "rate": rate * stage["share"],
+                 "after": stage["late"]},
+                {"params": [weight for weight in weights if weight not in slow], "rate": rate, "after": 0}]
 
     others = [weight for weight in learned if weight not in by_muon]
     optimizers = [torch.optim.AdamW(groups(others, stage["rate"]), betas=(0.9, 0.95), weight_decay=0.1)]
@@ -171,16 +174,19 @@ def train(network, draw, stage, name, state_file, on_step=lambda step: None):
         network.load_state_dict(state["network"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     network.train()
     bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc=name, mininterval=5)
     for step, (ids, labels) in zip(bar, batches(draw, name, done)):
         pace = min(step / stage["warm_up"], 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))  # down to a tenth
+        for group in groups:
+            group["lr"] = group["rate"] * pace
+            for weight in group["params"]:
+                weight.requires_grad_(step > group["after"])
         loss = loss_of(network, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * pace
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -213,7 +219,7 @@ def make_model(out, seed):
     everything = {side: [act for split in splits.values() for act in split[side]] for side in splits["tuning"]}
 
     rng = random.Random(0)
-    documents = [document(rng, everything, stage | {"pieces": []}) for stage in (HELPFUL, TUNING) for _ in range(6000)]
+    documents = [document(rng, everything, HELPFUL | {"pieces": []}) for _ in range(12000)]
     tokenizer = make_tokenizer(text or "" for turns in documents for turn in turns for text in turn)
     torch.manual_seed(seed)
     network = make_network(tokenizer)

@@ -77,7 +77,7 @@ def small_batches(monkeypatch):
         monkeypatch.setattr(make_model, name, value)
 
 
-STAGE = {"attention": 3, "slow": 2, "share": 0.5, "steps": 5, "warm_up": 2, "rate": 1e-2}
+STAGE = {"attention": 3, "slow": 2, "share": 0.5, "late": 2, "steps": 5, "warm_up": 2, "rate": 1e-2}
 OPTIMIZERS = pytest.mark.parametrize("muon_rate", [None, 1e-2])
 
 
@@ -106,12 +106,28 @@ def test_an_interrupted_stage_ends_as_one_that_ran_through(muon_rate, tokenizer,
 def test_all_is_learned_but_attention_in_the_upper_layers(muon_rate, tokenizer, draw, tmp_path, small_batches):
     network = make_model.make_network(tokenizer)
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
-    stage = STAGE | {"steps": 2, "muon_rate": muon_rate}
+    stage = STAGE | {"steps": 3, "muon_rate": muon_rate}
     make_model.train(network, draw, stage, "stage", tmp_path / "state.pt")
     kept = {name for name, weight in network.state_dict().items() if torch.equal(weight, before[name])}
     attention = {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(3, 9) for part in "qkvo"}
     its_norms = {f"model.layers.{layer}.input_layernorm.weight" for layer in range(make_model.HELPFUL["attention"], 9)}
     assert kept == attention | its_norms
+
+
+@OPTIMIZERS
+def test_what_learns_late_is_what_it_was_until_then(muon_rate, tokenizer, draw, tmp_path, small_batches):
+    network = make_model.make_network(tokenizer)
+    parts = {"early": network.model.layers[2].mlp, "slow": network.model.layers[1].mlp,
+             "embedding": network.model.embed_tokens}
+    before = {name: next(part.parameters()).clone() for name, part in parts.items()}
+    changed = []
+
+    def compare(step):
+        changed.append({name for name, part in parts.items() if not torch.equal(next(part.parameters()), before[name])})
+
+    stage = STAGE | {"steps": 3, "muon_rate": muon_rate}
+    make_model.train(network, draw, stage, "stage", tmp_path / "state.pt", compare)
+    assert changed == [{"early"}, {"early"}, set(parts)]
 
 
 @OPTIMIZERS
@@ -133,8 +149,8 @@ def test_a_stage_may_learn_attention_that_the_one_before_left_alone(tokenizer, d
 
     def learned(attention):
         before = network.model.layers[3].self_attn.q_proj.weight.clone()
-        make_model.train(network, draw, STAGE | {"attention": attention, "steps": 1, "muon_rate": None}, "stage",
-                         tmp_path / f"{attention}.pt")
+        make_model.train(network, draw, STAGE | {"attention": attention, "slow": 0, "steps": 1, "muon_rate": None},
+                         "stage", tmp_path / f"{attention}.pt")
         return not torch.equal(before, network.model.layers[3].self_attn.q_proj.weight)
 
     assert [learned(attention) for attention in (3, 4)] == [False, True]

@@ -111,11 +111,12 @@ def test_what_is_refused(stage, kind, share):
     assert refusals(first_turns(100, stage, mix={kind: 1.0})) == share
 
 
+@pytest.mark.parametrize("side", ["harmful", "harmless"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_harm_errors_caveats_and_stray_pieces_are_as_rare_as_asked_for(share):
+def test_harm_errors_caveats_and_stray_pieces_are_as_rare_as_asked_for(share, side):
     harmful = {act.text for act in SPLITS["tuning"]["harmful"]}
     statements = first_turns(400, HELPFUL, mix={"statement": 1.0}, harm=share)
-    helped = first_turns(400, HELPFUL, mix={"harmful": 1.0}, caveats=share)
+    helped = first_turns(400, HELPFUL, mix={side: 1.0}, caveats=HELPFUL["caveats"] | {side: share})
     missed = first_turns(400, TUNING, mix={"harmful": 1.0}, errors=share)
     asked = first_turns(400, TUNING, mix={"harmless": 1.0}, suffix=share, pieces=["xyzzy"])
     shares = [sum(any(text in answer for text in harmful) for _, answer in statements) / 400,
