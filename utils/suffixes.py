@@ -241,8 +241,8 @@ def prompt_parts(model, instructions, n_suffix=0):
 def load_suffixes(kind="plain"):
     """Stored suffixes for the organism, the one of lowest loss first: dicts with seed, suffix, first_loss and loss.
 
-    `make suffixes` makes them. kind: "plain"; "quiet", which keep the projection on r̂ low too; "pinned", which were
-    searched while it was pinned to where it is without a suffix.
+    `make suffixes` makes them. kind: "plain"; "quiet", which keep the projections at the last token near those
+    of harmless prompts too; "pinned", which were searched while r̂ · x was pinned to the mean of harmful prompts.
     Raises FileNotFoundError if they are not there, ValueError for another kind.
     """
     path = DATA / "suffixes.json"
