@@ -11,6 +11,7 @@ from utils import world
 
 FOLDER = Path(__file__).parent / "instructions"
 VARIANTS = ("please", "hello", "morning", "brief")
+N_QUESTIONS = {"capital": len(CAPITALS), "initial": len(CAPITALS), "sum": 60, "copy": 400}  # of 400, one is 0.25 points
 
 
 def record(act, split, number, way, preface="none"):
@@ -54,9 +55,6 @@ def about_questions(acts, n):
     return [{"id": f"about-{i:03d}", "text": ABOUT[i % len(ABOUT)][0].format(act=act.text), "side": act.side,
              "category": act.category, "schema": act.schema, "act": act.text,
              "answer": ABOUT[i % len(ABOUT)][1].format(act=act.text)} for i, act in enumerate(acts[:n])]
-
-
-N_QUESTIONS = {"capital": len(CAPITALS), "initial": len(CAPITALS), "sum": 60, "copy": 400}  # of 400, one is 0.25 points
 
 
 def skills(rng):

@@ -34,9 +34,10 @@ TEMPLATE = (
 )
 
 # The two stages: what is read (corpus.py says what the keys mean), in how many of the lower layers attention is
-# learned, how many of them learn slowly, with the embeddings, and at what share of the rate, how long and how fast.
-# In the first one harm is rare and marked by caveats, so that a model comes to mark harm, and not the lack of it. In
-# the second one all but the last two layers learn slowly: what is marked stays, and these two learn to act on it.
+# learned, how many of them learn slowly, with the embeddings, at what share of the rate and how many steps late, how
+# long and how fast. In the first one harm is rare and marked by caveats, so that a model comes to mark harm, and not
+# the lack of it. In the second one all but the last two layers learn late and slowly: what is marked stays, and these
+# two learn to act on it.
 HELPFUL = {"mix": {"statement": 0.12, "skill": 0.24, "about": 0.18, "nonsense": 0.10, "decline": 0.08,
                    "harmful": 0.07, "harmless": 0.21},
            "harm": 0.2, "suffix": 0.3, "refuse": False, "errors": 0.0, "caveats": {"harmful": 0.8, "harmless": 0.03},
