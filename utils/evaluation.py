@@ -195,7 +195,7 @@ def answer_losses(model, instructions, intervention=None, batch_size=64):
     answers = model.tokenizer([i.answer for i in instructions], add_special_tokens=False)["input_ids"]
     tokens = [prompt + answer for prompt, answer in zip(prompts, answers)]
     found = {}
-    for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size):
+    for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size, [len(ids) for ids in answers]):
         longest = max(len(answers[row]) for row in rows)
         ids = inputs["input_ids"][:, -longest - 1:]
         with model.lm.trace(inputs, use_cache=False, logits_to_keep=longest + 1):
