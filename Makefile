@@ -46,7 +46,7 @@ notebooks: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile lessons solutions
 
 slow: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or hypothesis" --hypothesis-profile thorough tests
 
 solutions: .venv/dev
 	$(BIN)/python -m utils.solutions
