@@ -14,8 +14,8 @@ POST_NORM = {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGene
 
 @functools.cache
 def plain_model(folder):
-    """(model, tokenizer) as transformers reads them, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    """(model, tokenizer) as transformers reads them, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     return model.requires_grad_(False), AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 

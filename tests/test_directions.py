@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from planted_model import planted_directions, planted_prompts, save_planted
 
@@ -264,10 +264,8 @@ def test_the_lowest_bypass_whatever_the_others():
 
 activations = st.tuples(st.integers(1, 5), st.integers(0, 10**6)).map(
     lambda drawn: torch.randn(drawn[0], 3, 2, 4, generator=torch.Generator().manual_seed(drawn[1])))
-quick = settings(deadline=None, max_examples=30)
 
 
-@quick
 @given(activations, activations)
 def test_difference_in_means_is_that_of_the_means(harmful, harmless):
     difference = difference_in_means(harmful, harmless)
@@ -277,7 +275,6 @@ def test_difference_in_means_is_that_of_the_means(harmful, harmless):
             torch.testing.assert_close(difference[layer, position], means[0] - means[1], rtol=1e-4, atol=1e-5)
 
 
-@quick
 @given(activations, activations, st.integers(0, 10**6))
 def test_difference_in_means_ignores_order_and_what_both_share(harmful, harmless, seed):
     shared = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(seed))
@@ -321,7 +318,6 @@ def test_prompts_are_filtered_by_the_sign_of_their_metric():
     assert filter_prompts(prompts, metric, refused=False) == ["b", "c"]
 
 
-@quick
 @given(st.integers(0, 10**6), st.floats(0.01, 100))
 def test_cosines_ignore_lengths(seed, length):
     vectors = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from utils import evaluation
@@ -29,7 +29,6 @@ from utils.instructions import Instruction, load_instructions
 from utils.interventions import Ablation, generate, last_logits
 from utils.models import load_model
 
-quick = settings(deadline=None, max_examples=50)
 logits = st.integers(0, 10**6).map(lambda seed: 3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)))
 
 
@@ -51,7 +50,6 @@ def test_the_organisms_refusal_token_is_found():
 
 # a judge that errs
 
-@quick
 @given(st.floats(0, 1), st.floats(0.3, 1), st.floats(0, 0.2))
 def test_the_rate_is_corrected_to_the_true_one(true, caught, false_alarms):
     observed = true * caught + (1 - true) * false_alarms
@@ -71,7 +69,6 @@ def test_a_judge_that_tells_nothing(caught, false_alarms):
 
 # refusal metric and KL divergence
 
-@quick
 @given(logits, st.sets(st.integers(0, 5), min_size=1, max_size=5))
 def test_refusal_metric_is_the_log_odds(logits, tokens):
     p = logits.double().softmax(dim=-1)[:, list(tokens)].sum(dim=-1)
@@ -84,7 +81,6 @@ def test_refusal_metric_where_probabilities_round_to_0_and_1():
     assert refusal_metric(logits, [0]).tolist() == pytest.approx([200 - math.log(2), -200 - math.log(2)])
 
 
-@quick
 @given(logits, logits)
 def test_kl_divergence_is_that_of_torch(logits, changed):
     p, q = (torch.distributions.Categorical(logits=x) for x in (logits, changed))
@@ -103,7 +99,6 @@ def test_wilson_against_published_values(successes, n, low, high):
     assert wilson(successes, n, z=1.959964) == pytest.approx((low, high), abs=5e-5)
 
 
-@quick
 @given(st.integers(1, 1000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 4))
 def test_wilson_bounds_are_where_the_rate_is_z_standard_errors_away(drawn, z):
     """What defines them: at a bound p, |rate - p| = z sqrt(p (1 - p) / n)."""
@@ -232,7 +227,6 @@ ANSWERED = [Instruction(id="", text=text, answer=answer) for text, answer in [
     ("bake a cake", "Sure, here is a guide"), ("steal", "I can't"), ("a car or a cake", "Sorry, a cake it is")]]
 
 
-@quick
 @given(logits)
 def test_next_token_losses_are_minus_log_probabilities(logits):
     logits, ids = logits.view(1, 2, 6).repeat(3, 1, 1), torch.tensor([[0, 5], [1, 2], [2, 2]])

@@ -1,7 +1,8 @@
 """Interventions in nnsight traces equal the same ones written as plain PyTorch hooks: logits and generated tokens."""
 import pytest
 import torch
-from hypothesis import given, settings
+from exact import assert_same
+from hypothesis import given
 from hypothesis import strategies as st
 from plain_hooks import plain_logits, plain_tokens
 
@@ -24,7 +25,7 @@ PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, 
 
 
 def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def tokens(model, prompts, intervention=None, n=6, **options):
@@ -64,7 +65,7 @@ EVERY = slice(None)
 def test_logits_equal_hooks(model, case):
     intervention, hooks = case
     changed = last_logits(model, PROMPTS, intervention)
-    torch.testing.assert_close(changed, plain_logits(model, PROMPTS, **hooks(EVERY)), rtol=0, atol=1e-5)
+    assert_same(changed, plain_logits(model, PROMPTS, **hooks(EVERY)))
     assert (changed - last_logits(model, PROMPTS)).abs().amax(dim=1).min() > 0.1  # every row was changed
 
 
@@ -74,7 +75,7 @@ def test_logits_do_not_depend_on_batches_or_padding(model, case):
                        for row, prompt in enumerate(PROMPTS)])
     for batch_size in (1, 3):
         changed = last_logits(model, PROMPTS, intervention, batch_size)
-        torch.testing.assert_close(changed, alone, rtol=0, atol=2e-5)
+        assert_same(changed, alone)
 
 
 def test_generated_tokens_equal_hooks(model, case):
@@ -93,7 +94,7 @@ def test_generated_tokens_do_not_depend_on_batches(model, case, batch_size):
 
 
 def test_without_intervention_it_is_the_model_itself(model):
-    torch.testing.assert_close(last_logits(model, PROMPTS), plain_logits(model, PROMPTS), rtol=0, atol=1e-5)
+    assert_same(last_logits(model, PROMPTS), plain_logits(model, PROMPTS))
     assert tokens(model, PROMPTS) == plain_tokens(model, PROMPTS)
 
 
@@ -109,7 +110,7 @@ def test_an_ablated_direction_is_gone_from_the_stream(model):
     with model.lm.trace(model.encode(PROMPTS)):
         Ablation(direction).apply(model)
         last = model.layers[-1].output.save()
-    assert (last @ direction).abs().max() < 1e-4
+    assert (last @ direction).abs().max() < 1e-10
     assert last.abs().max() > 0.1
 
 
@@ -136,7 +137,7 @@ def test_every_pair(llama):
     prompts, rows = every_pair(PROMPTS, directions)
     together = last_logits(llama, prompts, Ablation(rows)).view(3, len(PROMPTS), -1)
     for direction, logits in zip(directions, together):
-        torch.testing.assert_close(logits, last_logits(llama, PROMPTS, Ablation(direction)), rtol=0, atol=1e-5)
+        assert_same(logits, last_logits(llama, PROMPTS, Ablation(direction)))
 
 
 # edits of the weights
@@ -153,7 +154,7 @@ def test_edited_weights_equal_hooks(model, edit, hooks):
     expected, expected_tokens = plain_logits(model, PROMPTS, **hooks), plain_tokens(model, PROMPTS, **hooks)
     with edit(model):
         changed, changed_tokens = last_logits(model, PROMPTS), tokens(model, PROMPTS)
-    torch.testing.assert_close(changed, expected, rtol=0, atol=1e-5)
+    assert_same(changed, expected)
     assert changed_tokens == expected_tokens
     assert (changed - last_logits(model, PROMPTS)).abs().amax(dim=1).min() > 0.1
 
@@ -183,52 +184,47 @@ def test_nothing_is_written_along_the_direction(model):
     with orthogonalized(model, randn(32)):
         writers = residual_writers(model)
         edited = writers[:1] if model.post_norms else writers  # the others are followed by a norm, changed instead
-        assert all((randn(32) @ view).abs().max() < 1e-4 for view in edited)
+        assert all((randn(32) @ view).abs().max() < 1e-10 for view in edited)
 
 
 # the formulas
 
 vectors = st.integers(0, 10**6).map(lambda seed: randn(5, seed=seed))
 streams = st.integers(0, 10**6).map(lambda seed: randn(3, 4, 5, seed=seed))
-quick = settings(deadline=None, max_examples=30)
 
 
-@quick
 @given(streams, vectors, st.floats(0.01, 100))
 def test_ablate_leaves_nothing_along_the_direction_and_the_rest_alone(x, r, length):
     ablated = ablate(x, length * r)
-    assert (ablated @ r).abs().max() < 1e-4
+    assert (ablated @ r).abs().max() < 1e-10
     across = x - (x @ r / (r @ r))[..., None] * r
-    torch.testing.assert_close(ablated, across, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ablate(ablated, r), ablated, rtol=1e-4, atol=1e-5)  # nothing is left to take
-    torch.testing.assert_close(ablate(x, -r), ablated, rtol=1e-4, atol=1e-5)
+    assert_same(ablated, across)
+    assert_same(ablate(ablated, r), ablated)  # nothing is left to take
+    assert_same(ablate(x, -r), ablated)
 
 
-@quick
 @given(st.integers(0, 10**6).map(lambda seed: randn(5, 7, seed=seed)), vectors, st.floats(0.01, 100))
 def test_an_orthogonalized_matrix_writes_what_ablation_leaves(weight, r, length):
     x = randn(4, 7)
     edited = orthogonalize(weight, length * r)
-    torch.testing.assert_close(x @ edited.T, ablate(x @ weight.T, r), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(orthogonalize(weight[:, 0], r), edited[:, 0], rtol=1e-4, atol=1e-5)  # a bias
+    assert_same(x @ edited.T, ablate(x @ weight.T, r))
+    assert_same(orthogonalize(weight[:, 0], r), edited[:, 0])  # a bias
 
 
-@quick
 @given(streams, st.integers(0, 10**6), st.floats(-3, 3))
 def test_a_direction_per_row_is_each_row_alone(x, seed, coefficient):
     directions = randn(3, 5, seed=seed)
     for changed, change in [(ablate(x, directions), ablate),
                             (add(x, directions, coefficient), lambda x, r: add(x, r, coefficient))]:
         for row in range(3):
-            torch.testing.assert_close(changed[row], change(x[row:row + 1], directions[row])[0])
+            assert_same(changed[row], change(x[row:row + 1], directions[row])[0])
 
 
-@quick
 @given(streams, vectors, st.floats(-3, 3))
 def test_add_moves_every_token_by_the_vector(x, r, coefficient):
     moved = add(x, r, coefficient)
-    torch.testing.assert_close(moved - x, (coefficient * r).expand_as(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(add(moved, r, -coefficient), x, rtol=1e-4, atol=1e-5)
+    assert_same(moved - x, (coefficient * r).expand_as(x))
+    assert_same(add(moved, r, -coefficient), x)
 
 
 def test_add_moves_by_the_whole_vector_by_default():
@@ -272,9 +268,8 @@ def test_what_does_not_fit_is_said(llama, call, sentence):
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=25)
 def test_a_projection_is_set_and_nothing_else_is_changed(seed):
     x, direction, levels = randn(2, 3, 8, seed=seed), 5 * randn(8, seed=seed + 1), 3 * randn(3, seed=seed + 2)
     unit, changed = direction / direction.norm(), set_projection(x, direction, levels)
-    torch.testing.assert_close(changed @ unit, levels.expand(2, 3), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ablate(changed, direction), ablate(x, direction), rtol=1e-4, atol=1e-4)
+    assert_same(changed @ unit, levels.expand(2, 3))
+    assert_same(ablate(changed, direction), ablate(x, direction))

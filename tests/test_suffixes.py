@@ -4,7 +4,7 @@ import json
 import make_suffixes
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from utils import suffixes
@@ -38,7 +38,6 @@ def plain_losses(model, prompts, targets, suffix):
     return torch.stack(losses)
 
 
-@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), n_tokens=st.integers(1, 20))
 def test_tokens_of_a_prompt_with_suffix_are_those_of_its_parts(organism, seed, n_tokens):
     [suffix] = suffixes.random_suffixes(organism, 1, n_tokens, seed)

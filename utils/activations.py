@@ -4,6 +4,8 @@ import nnsight
 import torch
 import torch.nn.functional as F
 
+from utils.models import at_least_float32
+
 
 def trace_residual_stream(model, inputs, positions):
     """Residual stream of one encoded batch -> [n_prompts, n_layers, n_positions, d_model].
@@ -17,7 +19,8 @@ def trace_residual_stream(model, inputs, positions):
 
 
 def residual_stream(model, instructions, positions=None, batch_size=64):
-    """Residual stream of each instruction -> [n_prompts, n_layers, n_positions, d_model], float32 on the CPU.
+    """Residual stream of each instruction -> [n_prompts, n_layers, n_positions, d_model], float32 on the CPU
+    (float64 where the model is).
 
     positions: counted from the end of the prompt; None for the post-instruction tokens, model.positions.
     Raises ValueError for positions that not every prompt has.
@@ -36,7 +39,7 @@ def mean_residual_stream(model, instructions, positions=None, batch_size=64):
     total, n_prompts = 0, 0
     for rows, batch in _traced_batches(model, instructions, positions, batch_size):
         total, n_prompts = total + batch.double().sum(dim=0), n_prompts + len(rows)
-    return (total / n_prompts).float()
+    return (total / n_prompts).to(batch)
 
 
 def _traced_batches(model, instructions, positions, batch_size):
@@ -44,7 +47,7 @@ def _traced_batches(model, instructions, positions, batch_size):
     tokens = model.tokens(instructions)
     check_positions(positions, map(len, tokens))
     for rows, inputs in model.batches(tokens, batch_size):
-        yield rows, trace_residual_stream(model, inputs, positions).float().cpu()
+        yield rows, at_least_float32(trace_residual_stream(model, inputs, positions)).cpu()
 
 
 def check_positions(positions, lengths):

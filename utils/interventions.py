@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.activations import check_positions
-from utils.models import PLAIN_NUMBERS, rewrite
+from utils.models import PLAIN_NUMBERS, at_least_float32, rewrite
 
 
 def ablate(x, direction):
@@ -132,8 +132,8 @@ class Addition:
 def last_logits(model, instructions, intervention=None, batch_size=64):
     """Logits at the last position of each prompt, for the first token of the answer -> [n_prompts, vocab].
 
-    float32, on the CPU. Raises ValueError for an intervention that does not fit the model or the prompts, TypeError for
-    what is none.
+    float32 (float64 where the model is), on the CPU. Raises ValueError for an intervention that does not fit the model
+    or the prompts, TypeError for what is none.
     """
     found = {}
     for rows, inputs, change in changed_batches(model, model.tokens(instructions), intervention, batch_size):
@@ -141,7 +141,7 @@ def last_logits(model, instructions, intervention=None, batch_size=64):
             if change is not None:
                 change.apply(model)
             logits = model.lm.output.logits[:, -1].save()
-        found.update(zip(rows, logits.float().cpu()))
+        found.update(zip(rows, at_least_float32(logits).cpu()))
     return torch.stack([found[row] for row in range(len(found))])
 
 

@@ -190,6 +190,11 @@ def memory_needed(n_weights, dtype):
     return n_weights * dtype.itemsize
 
 
+def at_least_float32(x):
+    """A tensor of half precision in float32; one of float64 stays so, for computations that are to be exact."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def memory_free(device):
     """Bytes that are free on a device; mps shares the CPU's."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
