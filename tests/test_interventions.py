@@ -150,7 +150,8 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit, hooks", EDITS.values(), ids=EDITS)
-def test_edited_weights_equal_hooks(model, edit, hooks):
+def test_edited_weights_equal_hooks(editable, edit, hooks):
+    model = editable
     expected, expected_tokens = plain_logits(model, PROMPTS, **hooks), plain_tokens(model, PROMPTS, **hooks)
     with edit(model):
         changed, changed_tokens = last_logits(model, PROMPTS), tokens(model, PROMPTS)
@@ -160,7 +161,8 @@ def test_edited_weights_equal_hooks(model, edit, hooks):
 
 
 @pytest.mark.parametrize("edit", [edit for edit, _ in EDITS.values()], ids=EDITS)
-def test_edited_weights_are_put_back_bit_for_bit_whatever_happens(model, edit):
+def test_edited_weights_are_put_back_bit_for_bit_whatever_happens(editable, edit):
+    model = editable
     module = model.lm._module
     before, shared = {name: weight.clone() for name, weight in module.state_dict().items()}, len({*module.parameters()})
     hooks = [list(part._forward_hooks) for part in module.modules()]  # nnsight has hooks of its own in a used model
@@ -172,15 +174,16 @@ def test_edited_weights_are_put_back_bit_for_bit_whatever_happens(model, edit):
     assert [list(part._forward_hooks) for part in module.modules()] == hooks
 
 
-def test_all_that_writes_is_a_view_of_the_model(model):
-    writers = residual_writers(model)
-    biases = 2 if model.lm.config.model_type == "gpt_neox" else 0
+def test_all_that_writes_is_a_view_of_the_model(editable):
+    model, writers = editable, residual_writers(editable)
+    biases = {"gpt_neox": 2, "seed_oss": 1}.get(model.lm.config.model_type, 0)  # in each layer
     assert len(writers) == 1 + model.n_layers * (2 + biases)
     assert all(view.shape[0] == model.d_model for view in writers)
     assert {view.data_ptr() for view in writers} <= {weight.data_ptr() for weight in model.lm._module.parameters()}
 
 
-def test_nothing_is_written_along_the_direction(model):
+def test_nothing_is_written_along_the_direction(editable):
+    model = editable
     with orthogonalized(model, randn(32)):
         writers = residual_writers(model)
         edited = writers[:1] if model.post_norms else writers  # the others are followed by a norm, changed instead
@@ -246,8 +249,9 @@ def test_half_precision_streams_stay_so():
 # what does not fit
 
 @pytest.mark.parametrize("call, sentence", [
-    (lambda m: Ablation([1.0, 2.0]), r"A direction is a tensor, .* give its `.vector`"),
+    (lambda m: Ablation([1.0, 2.0]), r"A direction is a tensor of floating-point numbers, .* or a Direction"),
     (lambda m: Ablation(randn(2, 3, 32)), "A direction is a tensor"),
+    (lambda m: Ablation(torch.ones(32, dtype=torch.int8)), "A direction is a tensor of floating-point numbers"),
     (lambda m: Addition(torch.zeros(32), layer=1), "length zero .* choose another one"),
     (lambda m: Ablation(torch.stack([randn(32), torch.zeros(32)])), "length zero"),
     (lambda m: Ablation(torch.full((32,), torch.nan)), "not finite"),

@@ -71,8 +71,6 @@ ARCHITECTURES = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_auto_adjust_ff_dim": False},
 }
 EXPERTS, HYBRIDS = ("qwen3_moe", "gpt_oss"), ("qwen3_5_text", "lfm2")
-# Those that every run of the tests takes: one of each kind. The others are slow only together.
-CORE = "llama", "gemma2", "gpt_neox", "granite", "qwen3_moe", "lfm2"
 
 
 EYES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 4,
