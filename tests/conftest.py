@@ -13,8 +13,8 @@ settings.register_profile("fast", max_examples=15, deadline=None, derandomize=Tr
 settings.register_profile("thorough", max_examples=300, deadline=None)
 settings.load_profile("fast")
 
-# Of each kind of family one, for the fast tests. Llama is the plain one; Gemma 2 has norms behind what is written, and a
-# window; GPT-NeoX has other names, and biases everywhere; Granite multiplies what is written; Qwen 3 MoE has experts;
+# Of each kind of family one, for the fast tests. Llama is the plain one; Gemma 2 has norms behind what is written, and
+# a window; GPT-NeoX has other names, and biases everywhere; Granite multiplies what is written; Qwen 3 MoE has experts;
 # most layers of LFM 2 have no attention.
 KINDS = ("llama", "gemma2", "gpt_neox", "granite", "qwen3_moe", "lfm2")
 

@@ -55,7 +55,7 @@ ARCHITECTURES = {
     "phi3": {},
     "olmo2": {},
     "gpt_neox": {},
-    "cohere2": {"sliding_window": 8},  # attention and MLP side by side, behind one norm
+    "cohere2": {"sliding_window": 8, "logit_scale": 0.5},  # attention and MLP side by side, behind one norm
     "olmo3": {"sliding_window": 8},
     "smollm3": {},
     "exaone4": {"sliding_window": 8},
