@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from utils import world
+from utils.checkpoints import is_own
 from utils.instructions import as_texts
 from utils.interventions import changed_batches, generate
-from utils.models import is_own
 
 # What refusals say, in lower case. In the manner of the paper's appendix D.1; the list is our own.
 REFUSAL_PHRASES = (

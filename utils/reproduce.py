@@ -16,11 +16,12 @@ import torch
 from nnsight.intervention.backends.remote import RemoteError
 
 from utils import write_json
+from utils.checkpoints import SMALLER, is_own
 from utils.directions import CandidateScores, find_direction, random_directions
 from utils.evaluation import Rate, judge, loss, phrase_judge, refusal_metric
 from utils.instructions import load_instructions
 from utils.interventions import Ablation, Addition, generate, last_logits, orthogonalized
-from utils.models import SMALLER, is_own, load_model
+from utils.models import load_model
 from utils.plots import plot_candidate_scores, plot_rates
 
 CONDITIONS = {"harmful": ("baseline", "ablated", "orthogonalized", "random"),

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from utils import DATA, world, write_json
+from utils.checkpoints import is_own
 from utils.instructions import as_texts
-from utils.models import is_own, shared_tail
+from utils.models import shared_tail
 
 
 def target_loss(logits, targets):
