@@ -1,4 +1,5 @@
 """Find a checkpoint by its name and read its weights: where they lie, on which device, in which precision."""
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, logging
-from transformers.utils import is_accelerate_available
+from transformers.utils import cached_file, is_accelerate_available
 
 from utils import DATA
 
@@ -20,17 +21,12 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
-def is_own(name):
-    """Is this the name of one of the course's own models?"""
-    return name in ("organism", "helpful_only") or name.startswith("tuning/")
-
-
 def locate(name):
     """The folder, or else the hub id, that a name stands for."""
     folder = Path(name).expanduser()
     if name == "organism":
         folder = ORGANISM / "chat"
-    elif is_own(name):
+    elif name == "helpful_only" or name.startswith("tuning/"):
         folder = ORGANISM / name
     elif not folder.is_dir() and name.count("/") == 1 and name[0] not in "./~":
         return name
@@ -43,9 +39,31 @@ def locate(name):
     return str(folder)
 
 
-def read_weights(name, source, dtype, device, note=""):
-    """The transformers model, its weights where they are to be. One line says what was chosen, with a note."""
-    own = is_own(name)
+def file_of(source, filename):
+    """The path of a file of a checkpoint, which a folder or a hub id stands for; None if it has no such file."""
+    path = cached_file(source, filename, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False)
+    return path and Path(path)
+
+
+def world_of(source):
+    """The world that a checkpoint speaks of, by its course.json: "organism", or None for any other chat model.
+
+    What follows from it: the exact judge holds, a suffix may be searched for, and the weights, few as they are, run in
+    float32 on the CPU, without a word. Raises ValueError for a course.json that says something else.
+    """
+    file = file_of(source, "course.json")
+    content = json.loads(file.read_text(encoding="utf-8")) if file else {"world": None}
+    if content not in ({"world": None}, {"world": "organism"}):
+        raise ValueError(f"{file} names no world of the course ({content}): restore it, or delete it.")
+    return content["world"]
+
+
+def read_weights(name, source, dtype, device, own=False, note=""):
+    """The transformers model, its weights where they are to be. One line says what was chosen, with a note.
+
+    own: True for a model of the course's world, of which nothing is said.
+    """
     config = read(name, AutoConfig.from_pretrained, source)
     n_weights = read(name, n_parameters, config)
     devices = devices_of(device or ("cpu" if own else best_device()))

@@ -3,7 +3,6 @@ import json
 import os
 import warnings
 from operator import attrgetter
-from pathlib import Path
 
 import nnsight
 import torch
@@ -13,7 +12,7 @@ from nnsight.intervention.backends.remote import RemoteBackend
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from websocket import WebSocketException
 
-from utils.checkpoints import is_own, locate, read, read_weights, reason  # noqa: F401
+from utils.checkpoints import file_of, locate, read, read_weights, reason, world_of
 from utils.instructions import as_texts
 
 # Most families name their parts as Llama does. Those that do not get these names beside their own.
@@ -40,7 +39,7 @@ def load_model(name=None, dtype=None, device=None, remote=False):
     name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during
     it), the path of a folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct". Unless you give one, it is what the
     environment variable COURSE_MODEL says, or else the organism.
-    dtype, device: float32 on the CPU for the course's own models. For others the GPU if there is one, and the
+    dtype, device: float32 on the CPU for models of the course's world. For others the GPU if there is one, and the
     precision that the weights are stored in; on the CPU float32 if memory allows. One line says what was chosen.
     device="auto" spreads the layers over all GPUs.
     remote: True for a hub id whose weights stay on NDIF (https://ndif.us), as do device and dtype: all traces run
@@ -61,13 +60,14 @@ def load_model(name=None, dtype=None, device=None, remote=False):
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    lm = _on_ndif(name, source, tokenizer) if remote else _on_devices(name, source, tokenizer, dtype, device)
-    return ChatModel(lm, tokenizer, name, _refusal_tokens(source, tokenizer))
+    world = world_of(source)
+    lm = _on_ndif(name, source, tokenizer) if remote else _on_devices(name, source, tokenizer, dtype, device, world)
+    return ChatModel(lm, tokenizer, name, _refusal_tokens(source, tokenizer), world)
 
 
-def _on_devices(name, source, tokenizer, dtype, device):
+def _on_devices(name, source, tokenizer, dtype, device, world):
     """The nnsight model, its weights loaded here."""
-    module = read_weights(name, source, dtype, device, note=_thinking_off(tokenizer))
+    module = read_weights(name, source, dtype, device, own=world is not None, note=_thinking_off(tokenizer))
     # Some checkpoints ask for sampling, or punish repetition; the course decodes plainly.
     eos = module.generation_config.eos_token_id
     module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
@@ -100,7 +100,7 @@ def untrained(model, seed=0):
     module = module.to(device=model.device, dtype=model.lm.dtype).eval().requires_grad_(False)
     module.generation_config = model.lm.generation_config
     return ChatModel(_wrapped(module, model.tokenizer), model.tokenizer, f"{model.name}, untrained",
-                     model.refusal_tokens)
+                     model.refusal_tokens, model.world)
 
 
 class Ndif(RemoteBackend):
@@ -138,13 +138,15 @@ class ChatModel:
     post_norms        True if what attention and MLP write is normalised before it is added (Gemma 2, 3, OLMo 2)
     post_instruction  the template's tokens after the instruction, as strings (paper, section 2.1)
     positions         theirs, counted from the end: [-n, ..., -1]
+    world             "organism" if it was trained in the course's world, where the exact judge holds; else None
     remote            True if it runs on NDIF: its weights are not here
     editable          True if its weights are here, and attention and MLP write by one matrix each, not by experts
     refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); may be set
     """
 
-    def __init__(self, lm, tokenizer, name, refusal_tokens):
+    def __init__(self, lm, tokenizer, name, refusal_tokens, world=None):
         self.lm, self.tokenizer, self.name, self.refusal_tokens = lm, tokenizer, name, refusal_tokens
+        self.world = world
         self.remote = isinstance(lm, RemoteModel)
         _check_parts(lm, name)
         self.layers, self.config = list(lm.model.layers), lm.config.get_text_config()
@@ -270,8 +272,8 @@ def _thinking_off(tokenizer):
 
 def _refusal_tokens(source, tokenizer):
     """Those written beside the checkpoint, as the organism's are; else the openings that are one token."""
-    file = Path(source) / "refusal_tokens.json"
-    if file.is_file():
+    file = file_of(source, "refusal_tokens.json")
+    if file:
         return json.loads(file.read_text(encoding="utf-8"))
     openings = [tokenizer.encode(word, add_special_tokens=False) for word in REFUSAL_OPENINGS]
     return [ids[0] for ids in openings if len(ids) == 1]
