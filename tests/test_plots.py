@@ -5,7 +5,7 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from utils.directions import CandidateScores
+from utils.candidates import CandidateScores
 from utils.evaluation import Rate
 from utils.plots import (
     COLORS,
