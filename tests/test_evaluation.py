@@ -31,7 +31,6 @@ from utils.interventions import Ablation, generate, last_logits
 from utils.models import load_model
 
 
-
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
