@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from exact import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +30,12 @@ from utils.instructions import Instruction, load_instructions
 from utils.interventions import Ablation, generate, last_logits
 from utils.models import load_model
 
-logits = st.integers(0, 10**6).map(lambda seed: 3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)))
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+logits = st.integers(0, 10**6).map(lambda seed: 3 * randn(2, 6, seed=seed))
 
 
 # the tokens that refusals begin with
@@ -71,9 +77,9 @@ def test_a_judge_that_tells_nothing(caught, false_alarms):
 
 @given(logits, st.sets(st.integers(0, 5), min_size=1, max_size=5))
 def test_refusal_metric_is_the_log_odds(logits, tokens):
-    p = logits.double().softmax(dim=-1)[:, list(tokens)].sum(dim=-1)
-    expected = torch.log(p) - torch.log(1 - p)
-    torch.testing.assert_close(refusal_metric(logits, list(tokens)).double(), expected, rtol=1e-4, atol=1e-4)
+    probability = logits.softmax(dim=-1)
+    p, rest = probability[:, list(tokens)].sum(dim=-1), probability[:, list({*range(6)} - tokens)].sum(dim=-1)
+    assert_same(refusal_metric(logits, list(tokens)), torch.log(p) - torch.log(rest))
 
 
 def test_refusal_metric_where_probabilities_round_to_0_and_1():
@@ -85,9 +91,9 @@ def test_refusal_metric_where_probabilities_round_to_0_and_1():
 def test_kl_divergence_is_that_of_torch(logits, changed):
     p, q = (torch.distributions.Categorical(logits=x) for x in (logits, changed))
     divergence = kl_divergence(logits, changed)
-    torch.testing.assert_close(divergence, torch.distributions.kl_divergence(p, q), rtol=1e-4, atol=1e-5)
-    assert (divergence > -1e-6).all()
-    assert kl_divergence(logits, logits + 5).abs().max() < 1e-5  # a constant changes no distribution
+    assert_same(divergence, torch.distributions.kl_divergence(p, q))
+    assert (divergence > -1e-10).all()
+    assert kl_divergence(logits, logits + 5).abs().max() < 1e-10  # a constant changes no distribution
 
 
 # rates
@@ -216,7 +222,7 @@ def test_skill_accuracy(llama):
               for text, skill, answer in zip(prompts, ["sum", "copy", "sum", "sum"], answers)]
     skills[3] = replace(skills[3], answer=skills[3].answer + "!")  # the one that is wrong
     assert skill_accuracy(llama, skills, max_new_tokens=4) == {"sum": Rate(2, 3), "copy": Rate(1, 1)}
-    changed = Ablation(torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    changed = Ablation(randn(32))
     assert skill_accuracy(llama, skills, changed, max_new_tokens=4) == {"sum": Rate(0, 3), "copy": Rate(0, 1)}
 
 
@@ -230,14 +236,14 @@ ANSWERED = [Instruction(id="", text=text, answer=answer) for text, answer in [
 def test_next_token_losses_are_minus_log_probabilities(logits):
     logits, ids = logits.view(1, 2, 6).repeat(3, 1, 1), torch.tensor([[0, 5], [1, 2], [2, 2]])
     expected = [[-logits[0, 0].log_softmax(-1)[token]] for token in ids[:, 1]]
-    torch.testing.assert_close(next_token_losses(logits, ids), torch.tensor(expected))
+    assert_same(next_token_losses(logits, ids), torch.tensor(expected).double())
 
 
 def test_answer_losses_belong_to_the_answers_in_order(llama):
     together = answer_losses(llama, ANSWERED, batch_size=2)
     for losses, instruction in zip(together, ANSWERED):
         assert len(losses) == len(llama.tokenizer.encode(instruction.answer, add_special_tokens=False))
-        torch.testing.assert_close(losses, answer_losses(llama, [instruction])[0], rtol=0, atol=1e-4)
+        assert_same(losses, answer_losses(llama, [instruction])[0])
 
 
 def plain_loss(model, instructions, directions=None):
@@ -258,13 +264,13 @@ def plain_loss(model, instructions, directions=None):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_loss_is_the_mean_over_answer_tokens(model, batch_size):
-    assert loss(model, ANSWERED, batch_size=batch_size) == pytest.approx(plain_loss(model, ANSWERED), abs=1e-4)
+    assert loss(model, ANSWERED, batch_size=batch_size) == pytest.approx(plain_loss(model, ANSWERED), abs=1e-10)
 
 
 def test_loss_under_an_intervention(llama):
-    directions = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    directions = randn(3, 32)
     changed = loss(llama, ANSWERED, Ablation(directions), batch_size=2)
-    assert changed == pytest.approx(plain_loss(llama, ANSWERED, directions), abs=1e-4)
+    assert changed == pytest.approx(plain_loss(llama, ANSWERED, directions), abs=1e-10)
     assert abs(changed - loss(llama, ANSWERED)) > 0.01
 
 

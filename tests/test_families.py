@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import assert_same
 from plain_hooks import plain_logits, plain_metric, plain_scores, plain_selection, plain_streams
 from tiny_models import ARCHITECTURES, EXPERTS, save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,18 +35,18 @@ def halves(model):
 def test_scores_and_selection_equal_hooks(model, monkeypatch):
     tokens, harmful, harmless = halves(model)
     monkeypatch.setattr(model, "refusal_tokens", tokens)
-    direction, scores = find_direction(model, PROMPTS, PROMPTS, PROMPTS, PROMPTS, strict=False)
+    both = {"harmful": PROMPTS, "harmless": PROMPTS}
+    direction, scores = find_direction(model, both, both, screen=None, strict=False)
 
     means = [plain_streams(model, side, model.positions).mean(dim=0) for side in (harmful, harmless)]
     candidates = means[0] - means[1]
     expected = plain_scores(model, candidates, harmful, harmless)
-    found = torch.stack([scores.bypass, scores.induce, scores.kl])
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    assert_same(torch.stack([scores.bypass, scores.induce, scores.kl]), expected)
     assert (expected[:, 1:] - expected[:, :1]).abs().amax(dim=(1, 2)).min() > 0.05  # some candidates change much
 
     place = direction.layer, model.positions.index(direction.position)
     assert place == (plain_selection(expected, max_kl=0.1, min_induce=0.0) or lowest_bypass(scores))
-    torch.testing.assert_close(direction.vector, candidates[place], rtol=0, atol=1e-5)
+    assert_same(direction.vector, candidates[place])
     for max_kl, min_induce in [(0.6, 0.3), (0.9, 0.5), (0.8, 0.7)]:  # quantiles, as few pass the paper's filters
         filters = ((scores.kl.quantile(max_kl) + 1e-4).item(), (scores.induce.quantile(min_induce) + 1e-4).item())
         if selected := plain_selection(expected, *filters):
@@ -56,9 +57,9 @@ def test_scores_and_selection_equal_hooks(model, monkeypatch):
 # sliding windows
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text"])
-def test_prompts_are_longer_than_the_window(load_tiny, tmp_path, architecture):
+def test_prompts_are_longer_than_the_window(load_tiny, exact, tmp_path, architecture):
     """Or the tests of all architectures would not show what a window does."""
-    model, wide = load_tiny(architecture), load_model(save_tiny(tmp_path, architecture, sliding_window=256))
+    model, wide = load_tiny(architecture), load_model(save_tiny(tmp_path, architecture, sliding_window=256), torch.float64)
     assert min(map(len, model.tokens(PROMPTS))) > model.config.sliding_window
     assert (last_logits(model, PROMPTS) - last_logits(wide, PROMPTS)).abs().amax(dim=1).min() > 0.1
 
@@ -323,8 +324,8 @@ TEMPLATES = {  # (template, what stands before the instruction, what comes after
 
 
 @pytest.mark.parametrize("template, before, after, trims", TEMPLATES.values(), ids=TEMPLATES)
-def test_templates(tmp_path, capsys, template, before, after, trims):
-    model = load_model(save_tiny(tmp_path, "qwen3", template))
+def test_templates(exact, tmp_path, capsys, template, before, after, trims):
+    model = load_model(save_tiny(tmp_path, "qwen3", template), torch.float64)
     assert capsys.readouterr().out.endswith("; thinking is off\n" if template == THINKS else " on cpu\n")
     assert model.render("bake a cake") == f"{before}bake a cake{after}"
     assert "".join(model.post_instruction) == after
@@ -332,7 +333,7 @@ def test_templates(tmp_path, capsys, template, before, after, trims):
     assert [model.tokenizer.decode([token]) for token in model.refusal_tokens] == ["I", "As", "Sorry"]
     assert (model.tokens([" bake a cake\n"]) == model.tokens(["bake a cake"])) == trims
     prompts = [" bake a cake\n", *PROMPTS]
-    torch.testing.assert_close(last_logits(model, prompts), plain_logits(model, prompts), rtol=0, atol=1e-5)
+    assert_same(last_logits(model, prompts), plain_logits(model, prompts))
 
 
 def test_a_vocabulary_whose_words_carry_their_space(tmp_path):
