@@ -4,7 +4,7 @@ import pytest
 import torch
 from exact import Float64
 from hypothesis import settings
-from tiny_models import ARCHITECTURES, EXPERTS, save_tiny
+from tiny_models import ARCHITECTURES, EXPERTS, HYBRIDS, save_tiny
 
 from utils.models import load_model
 
@@ -54,6 +54,12 @@ def model(request, load_tiny, exact):
 @pytest.fixture(params=families(leaving_out=EXPERTS))
 def editable(request, load_tiny, exact):
     """The same, without those whose weights cannot be edited."""
+    return load_tiny(request.param)
+
+
+@pytest.fixture(params=families(leaving_out=HYBRIDS))
+def attentive(request, load_tiny, exact):
+    """The same, without those whose layers do not all have attention."""
     return load_tiny(request.param)
 
 

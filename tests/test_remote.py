@@ -66,6 +66,7 @@ INTERVENTIONS = {
     "none": None,
     "ablation": Ablation(randn(32)),
     "ablation, one direction per row": Ablation(randn(4, 32)),
+    "ablation at some places": Ablation(randn(32), layers=[1, 2], positions=[-1, -3]),
     "addition": Addition(randn(32), layer=2, coefficient=-1.5),
     "addition, one direction per row": Addition(randn(4, 32), layer=1),
     "one's own": Pinned(randn(32), level=2.0),
