@@ -272,10 +272,12 @@ def test_weights_that_are_no_plain_matrices_are_not_edited(load_altered, alter):
 
 def test_weights_that_are_quantized_later_are_not_edited(tmp_path):
     model = load_model(save_tiny(tmp_path, "llama"))
-    assert model.editable
+    with added_bias(model, torch.randn(32), 2):
+        pass
     linear = model.layers[3].mlp.down_proj._module
     linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
-    assert not model.editable
+    with pytest.raises(ValueError, match="one plain matrix in each attention and MLP"):
+        added_bias(model, torch.randn(32), 2).__enter__()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.bool])

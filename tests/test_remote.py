@@ -141,7 +141,8 @@ def test_every_intervention_is_the_same_there(both, ndif, reading, change):
     assert "CodeType" not in names_in(ndif[-1])  # code goes as source: bytecode would ask for the same Python there
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox"])  # norms behind the writers; other names
+@pytest.mark.parametrize("architecture", [  # norms behind the writers; other names; layers without attention
+    "gemma2", "gpt_neox", pytest.param("lfm2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", ["ablation", "addition"])
 def test_other_architectures_too(both, architecture, change):
     for reading in READINGS.values():

@@ -63,7 +63,7 @@ ARCHITECTURES = {
     "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 0.5,
                 "attention_multiplier": 0.2},
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-                  "decoder_sparse_step": 1},
+                  "decoder_sparse_step": 1, "norm_topk_prob": True},
     "gpt_oss": {"head_dim": 8, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     # In most layers of these linear attention, or a short convolution, writes in the place of attention.
     "qwen3_5_text": {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,

@@ -309,7 +309,7 @@ def _check_edit(intervention, model):
     if model.remote:
         raise ValueError(f"The weights of {model.name!r} are on NDIF, where they serve others too: give Ablation or "
                          "Addition, which compute the same.")
-    if not model.editable:
+    if not (model.editable and model.has_plain_matrices()):  # they may have been quantized, or adapted, since
         raise ValueError(f"{model.name!r} does not write by one plain matrix in each attention and MLP, as where there "
                          "are experts or 8-bit weights: give Ablation or Addition, which compute what an edit would.")
     if intervention.direction.dim() != 1:

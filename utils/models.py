@@ -98,6 +98,15 @@ def load_organism():
     return load_model("organism")
 
 
+def load_editable():
+    """The model of all lessons, for what edits weights; the organism, as one line says, where they cannot be edited."""
+    model = load_model()
+    if model.editable:
+        return model
+    print(f"The weights of {model.name} are no plain matrices that can be edited: this goes on with the organism.")
+    return load_model("organism")
+
+
 def at_least_float32(x):
     """A tensor of half precision in float32; one of float64 stays so, for computations that are to be exact."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -171,7 +180,7 @@ class ChatModel:
         self.multiplier = getattr(self.config, "residual_multiplier", 1.0)
         self.post_instruction = self._find_post_instruction()
         self.positions = list(range(-len(self.post_instruction), 0))
-        self._matrices_write = not self.remote and self._check_writers()
+        self.editable = not self.remote and self._check_writers()
 
     def __repr__(self):
         place = "NDIF" if self.remote else self.device
@@ -217,10 +226,6 @@ class ChatModel:
         """Token ids [n_tokens] -> text, [n_prompts, n_tokens] -> list of texts; special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    @property
-    def editable(self):
-        return self._matrices_write and self._has_plain_matrices()
-
     def mixer(self, layer):
         """Attention; or, in the layers of a hybrid that have none, linear attention or a short convolution."""
         return next(getattr(layer, part) for part in MIXERS if _has(layer, part))
@@ -239,7 +244,7 @@ class ChatModel:
         """The two linear modules that attention (or what a hybrid has in its place) and MLP end with."""
         return self.mixer(layer).o_proj, layer.mlp.down_proj
 
-    def _has_plain_matrices(self):
+    def has_plain_matrices(self):
         """Do the embedding, attention and MLP hold matrices of plain numbers, and nothing that acts beside them?"""
         if not all(_has(self.mixer(layer), "o_proj") and _has(layer, "mlp.down_proj") for layer in self.layers):
             return False
@@ -275,7 +280,7 @@ class ChatModel:
         Each layer gets its input, and what is written in it, with the sign changed: if the next stream is the sum of
         these, then what one puts there is what counts.
         """
-        plain = self._has_plain_matrices()
+        plain = self.has_plain_matrices()
         with self.lm.trace(self.pad([self.tokens(["x"])[0][:8]]), use_cache=False) as tracer:
             embedding = self.lm.model.embed_tokens.output.save()
             streams, written, by_matrices = nnsight.save([]), nnsight.save([]), nnsight.save([])
