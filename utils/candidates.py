@@ -273,16 +273,16 @@ def screen(estimates, real, n_finalists):
 # First order: by how much the metric would change if its gradients stayed what they are (attribution patching; Nanda
 # 2023; Syed et al. 2023, arXiv 2310.10348).
 
-def first_order_ablation(writes, gradients, directions):
+def first_order_ablation(writes, gradients, direction):
     """To first order, by how much ablating a direction changes the refusal metric -> [n_prompts], nats.
 
     writes: all that is written to the residual stream, a list of [n_prompts, n_tokens, d_model]. gradients: the
     metric's, by each of them. Each write loses its part along r̂, (write · r̂) r̂; so the metric changes by
     -(gradient · r̂)(write · r̂), summed over writes and tokens.
-    directions: [d_model], of any length; or [n_directions, d_model], for [n_prompts, n_directions].
+    direction: [d_model], of any length; or several, [n_directions, d_model], for [n_prompts, n_directions].
     """
-    units = F.normalize(directions, dim=-1)
-    return -sum((torch.inner(write, units) * torch.inner(gradient, units)).sum(dim=1)
+    unit = F.normalize(direction, dim=-1)
+    return -sum((torch.inner(write, unit) * torch.inner(gradient, unit)).sum(dim=1)
                 for write, gradient in zip(writes, gradients))
 
 
