@@ -66,6 +66,7 @@ INTERVENTIONS = {
     "none": None,
     "ablation": Ablation(randn(32)),
     "ablation, one direction per row": Ablation(randn(4, 32)),
+    "ablation at some places": Ablation(randn(32), layers=[1, 2], positions=[-1, -3]),
     "addition": Addition(randn(32), layer=2, coefficient=-1.5),
     "addition, one direction per row": Addition(randn(4, 32), layer=1),
     "one's own": Pinned(randn(32), level=2.0),
@@ -140,7 +141,8 @@ def test_every_intervention_is_the_same_there(both, ndif, reading, change):
     assert "CodeType" not in names_in(ndif[-1])  # code goes as source: bytecode would ask for the same Python there
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox"])  # norms behind the writers; other names
+@pytest.mark.parametrize("architecture", [  # norms behind the writers; other names; layers without attention
+    "gemma2", "gpt_neox", pytest.param("lfm2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", ["ablation", "addition"])
 def test_other_architectures_too(both, architecture, change):
     for reading in READINGS.values():
