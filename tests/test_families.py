@@ -57,7 +57,8 @@ def test_scores_and_selection_equal_hooks(model, monkeypatch):
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3_text"])
 def test_prompts_are_longer_than_the_window(load_tiny, exact, tmp_path, architecture):
     """Or the tests of all architectures would not show what a window does."""
-    model, wide = load_tiny(architecture), load_model(save_tiny(tmp_path, architecture, sliding_window=256), torch.float64)
+    model = load_tiny(architecture)
+    wide = load_model(save_tiny(tmp_path, architecture, sliding_window=256), torch.float64)
     assert min(map(len, model.tokens(PROMPTS))) > model.config.sliding_window
     assert (last_logits(model, PROMPTS) - last_logits(wide, PROMPTS)).abs().amax(dim=1).min() > 0.1
 
