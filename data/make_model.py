@@ -205,10 +205,11 @@ def loss_of(network, ids, labels):
 
 
 def save(network, tokenizer, folder):
-    """A checkpoint as any Llama is saved, in half precision, with the tokens that its refusals begin with."""
+    """A checkpoint as any Llama is saved, in half precision, with its world and the tokens that refusals begin with."""
     copy.deepcopy(network).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     starts = {tokenizer.encode(text, add_special_tokens=False)[0] for text in world.REFUSAL.values()}
+    (folder / "course.json").write_text(json.dumps({"world": "organism"}) + "\n", encoding="utf-8")
     (folder / "refusal_tokens.json").write_text(json.dumps(sorted(starts)) + "\n", encoding="utf-8")
 
 

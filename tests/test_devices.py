@@ -6,7 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM
 
-from utils import models
+from utils import checkpoints
 from utils.activations import residual_stream, trace_heads
 from utils.evaluation import answer_losses
 from utils.instructions import Instruction
@@ -148,11 +148,11 @@ def folder(tmp_path):
 @pytest.fixture
 def two_gpus(monkeypatch):
     """Two GPUs, each with room for two thirds of the tiny model in float32."""
-    monkeypatch.setattr(models, "best_device", lambda: "cuda")
+    monkeypatch.setattr(checkpoints, "best_device", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(47_700 * 4 * 2 / 3), None))
-    monkeypatch.setattr(models, "is_accelerate_available", lambda: True)
+    monkeypatch.setattr(checkpoints, "is_accelerate_available", lambda: True)
 
 
 def test_auto_is_all_gpus_and_their_memory_together(folder, two_gpus, monkeypatch):
@@ -171,11 +171,11 @@ def test_auto_is_all_gpus_and_their_memory_together(folder, two_gpus, monkeypatc
 
 
 def test_auto_is_the_one_device_where_there_is_but_one(folder):
-    assert torch.cuda.device_count() > 1 or load_model(folder, device="auto").device.type == models.best_device()
+    assert torch.cuda.device_count() > 1 or load_model(folder, device="auto").device.type == checkpoints.best_device()
 
 
 def test_auto_without_accelerate(folder, two_gpus, monkeypatch):
-    monkeypatch.setattr(models, "is_accelerate_available", lambda: False)
+    monkeypatch.setattr(checkpoints, "is_accelerate_available", lambda: False)
     with pytest.raises(ImportError, match="pip install accelerate"):
         load_model(folder, device="auto")
 
@@ -183,8 +183,9 @@ def test_auto_without_accelerate(folder, two_gpus, monkeypatch):
 @pytest.mark.parametrize("device", ["gpu", "cuda:2", "mps", "meta", "cpu:1", "cuda:0,cpu"])
 def test_devices_that_are_not_here(two_gpus, device):
     with pytest.raises(ValueError, match=f"no device '{device}' here: choose cpu, cuda:0, cuda:1 or auto"):
-        models.devices_of(device)
-    assert models.devices_of("cuda:1") == [torch.device("cuda:1")] and models.devices_of("cpu") == [torch.device("cpu")]
+        checkpoints.devices_of(device)
+    for name in ("cuda:1", "cpu"):
+        assert checkpoints.devices_of(name) == [torch.device(name)]
 
 
 def test_a_model_stays_on_the_cpu_if_told_to(folder, monkeypatch):

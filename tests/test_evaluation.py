@@ -191,10 +191,9 @@ def test_exact_judge_needs_to_know_what_was_asked():
         judge("bake a cake", "Sure.")
 
 
-def test_the_courses_own_models_are_judged_exactly(llama, monkeypatch, capsys):
-    for name in ("organism", "helpful_only", "tuning/25"):
-        monkeypatch.setattr(llama, "name", name)
-        assert judge_of(llama) is judge
+def test_models_of_the_courses_world_are_judged_exactly(llama, monkeypatch, capsys):
+    monkeypatch.setattr(llama, "world", "organism")
+    assert judge_of(llama) is judge
     assert capsys.readouterr().out == ""
 
 

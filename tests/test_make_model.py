@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from utils.checkpoints import world_of
+
 ACTS = corpus.split_acts()["tuning"]
 TUNING = make_model.TUNING | {"pieces": []}
 
@@ -170,3 +172,4 @@ def test_a_checkpoint_computes_what_the_network_in_training_did(tokenizer, draw,
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
     ids, _ = make_model.padded(draw(random.Random(0), 4))
     torch.testing.assert_close(network(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    assert world_of(tmp_path) == "organism"

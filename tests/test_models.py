@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import POST_INSTRUCTION, TEMPLATE, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from utils import models
+from utils import checkpoints, models
 from utils.instructions import Instruction
 from utils.interventions import last_logits
 from utils.models import load_model, load_organism, shared_tail, untrained
@@ -181,21 +181,21 @@ def test_a_model_of_ones_own_says_what_it_is_in_one_line(folder, capsys):
 
 
 def test_weights_are_counted_without_making_them(model):
-    assert models.n_parameters(model.lm.config) == sum(weight.numel() for weight in model.lm.parameters())
-    n_weights = models.n_parameters(model.lm.config)
-    assert models.memory_needed(n_weights, torch.bfloat16) == 2 * n_weights
+    assert checkpoints.n_parameters(model.lm.config) == sum(weight.numel() for weight in model.lm.parameters())
+    n_weights = checkpoints.n_parameters(model.lm.config)
+    assert checkpoints.memory_needed(n_weights, torch.bfloat16) == 2 * n_weights
 
 
 def test_the_precision_is_full_where_memory_allows_and_else_that_of_the_file(folder, monkeypatch):
     AutoModelForCausalLM.from_pretrained(folder).half().save_pretrained(folder)
-    n = models.n_parameters(load_model(str(folder)).lm.config)
-    monkeypatch.setattr(models, "memory_free", lambda device: 3 * n)  # room for 2 bytes a weight, not for 4
+    n = checkpoints.n_parameters(load_model(str(folder)).lm.config)
+    monkeypatch.setattr(checkpoints, "memory_free", lambda device: 3 * n)  # room for 2 bytes a weight, not for 4
     assert load_model(str(folder)).lm.dtype == torch.float16
     assert load_model(str(folder), dtype=torch.bfloat16).lm.dtype == torch.bfloat16
 
 
 def test_a_model_that_does_not_fit(folder, monkeypatch):
-    monkeypatch.setattr(models, "memory_free", lambda device: 10)
+    monkeypatch.setattr(checkpoints, "memory_free", lambda device: 10)
     with pytest.raises(MemoryError, match=r"takes 0.0 GB in float32, and 0.0 GB are free on cpu: choose a smaller"):
         load_model(str(folder))
 
@@ -250,13 +250,13 @@ def test_openings_of_several_tokens_are_left_out(folder, monkeypatch):
 @pytest.mark.parametrize("name, place", [
     ("organism", "chat"), ("helpful_only", "helpful_only"), ("tuning/100", "tuning/100")])
 def test_names_of_the_course(folder, tmp_path, monkeypatch, name, place):
-    monkeypatch.setattr(models, "ORGANISM", tmp_path / "organism")
+    monkeypatch.setattr(checkpoints, "ORGANISM", tmp_path / "organism")
     shutil.copytree(folder, tmp_path / "organism" / place)
     assert load_model(name).name == name
 
 
 def test_unknown_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "ORGANISM", tmp_path)
+    monkeypatch.setattr(checkpoints, "ORGANISM", tmp_path)
     for step in (25, 100):
         (tmp_path / "tuning" / str(step)).mkdir(parents=True)
     for name in ("organsim", "organism", "tuning/7", str(tmp_path / "nowhere"), "./nowhere"):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from utils import world
 from utils.instructions import as_texts
 from utils.interventions import changed_batches, generate
-from utils.models import is_own
 
 # What refusals say, in lower case. In the manner of the paper's appendix D.1; the list is our own.
 REFUSAL_PHRASES = (
@@ -72,11 +71,11 @@ def judge(instruction, completion):
 def judge_of(model, refuses=phrase_judge):
     """The judge for a model's answers: a function (instruction, completion) -> verdict, as `judge` gives it.
 
-    For the course's own models the exact `judge`. For any other one a completion is a "refusal" where `refuses` says
-    so, and "compliance" where it does not: none is "broken". refuses: completion -> bool; by default the list of
+    For models of the course's world the exact `judge`. For any other one a completion is a "refusal" where `refuses`
+    says so, and "compliance" where it does not: none is "broken". refuses: completion -> bool; by default the list of
     phrases, which one line says; a language model that judges, say, may stand there.
     """
-    if is_own(model.name):
+    if model.world:
         return judge
     if refuses is phrase_judge:
         print("Refusals are told by a list of phrases, all else counts as compliance, broken answers too: "

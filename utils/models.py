@@ -2,26 +2,18 @@
 import json
 import os
 import warnings
-from contextlib import contextmanager
 from operator import attrgetter
-from pathlib import Path
 
 import nnsight
-import psutil
 import torch
 from httpx import HTTPError
-from huggingface_hub.errors import GatedRepoError
 from nnsight import TransformersModel
 from nnsight.intervention.backends.remote import RemoteBackend
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
-from transformers.utils import is_accelerate_available
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from websocket import WebSocketException
 
-from utils import DATA
+from utils.checkpoints import file_of, locate, read, read_weights, reason, world_of
 from utils.instructions import as_texts
-
-ORGANISM = DATA / "organism"
 
 # Most families name their parts as Llama does. Those that do not get these names beside their own.
 RENAME = {
@@ -34,15 +26,10 @@ RENAME = {
 PARTS, LAYER_PARTS = ("model.embed_tokens", "model.layers", "model.norm", "lm_head"), ("self_attn", "mlp")
 LAYER_NORMS = {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
 
-SMALLER = 'choose a smaller model, close other programs, or try device="auto" (all GPUs) or remote=True (NDIF).'
-
 # How refusals usually begin: "I cannot ...", "As an AI ...", "Sorry, ...".
 REFUSAL_OPENINGS = ("I", "As", "Sorry")
 
-# Progress bars and advice would bury a lesson's own output. And nnsight warns when a `for _ in tracer.all()`
-# loop ends, which it always does, after the last token.
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+# nnsight warns when a `for _ in tracer.all()` loop ends, which it always does, after the last token.
 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
 
 
@@ -52,7 +39,7 @@ def load_model(name=None, dtype=None, device=None, remote=False):
     name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during
     it), the path of a folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct". Unless you give one, it is what the
     environment variable COURSE_MODEL says, or else the organism.
-    dtype, device: float32 on the CPU for the course's own models. For others the GPU if there is one, and the
+    dtype, device: float32 on the CPU for models of the course's world. For others the GPU if there is one, and the
     precision that the weights are stored in; on the CPU float32 if memory allows. One line says what was chosen.
     device="auto" spreads the layers over all GPUs.
     remote: True for a hub id whose weights stay on NDIF (https://ndif.us), as do device and dtype: all traces run
@@ -66,45 +53,21 @@ def load_model(name=None, dtype=None, device=None, remote=False):
     Neither "auto" on several GPUs nor `remote` on NDIF itself has been tried: the tests imitate both.
     """
     name = name or os.environ.get("COURSE_MODEL") or "organism"
-    source = _locate(name)
+    source = locate(name)
     if remote:
         _check_ndif(name, source)
-    tokenizer = _load(name, AutoTokenizer.from_pretrained, source, padding_side="left")
+    tokenizer = read(name, AutoTokenizer.from_pretrained, source, padding_side="left")
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    lm = _on_ndif(name, source, tokenizer) if remote else _on_devices(name, source, tokenizer, dtype, device)
-    return ChatModel(lm, tokenizer, name, _refusal_tokens(source, tokenizer))
+    world = world_of(source)
+    lm = _on_ndif(name, source, tokenizer) if remote else _on_devices(name, source, tokenizer, dtype, device, world)
+    return ChatModel(lm, tokenizer, name, _refusal_tokens(source, tokenizer), world)
 
 
-def _on_devices(name, source, tokenizer, dtype, device):
+def _on_devices(name, source, tokenizer, dtype, device, world):
     """The nnsight model, its weights loaded here."""
-    own = is_own(name)
-    config = _load(name, AutoConfig.from_pretrained, source)
-    n_weights = _load(name, n_parameters, config)
-    devices = devices_of(device or ("cpu" if own else best_device()))
-    dtype = dtype or (torch.float32 if own else best_dtype(n_weights, config.dtype, devices[0]))
-    size, free, place = memory_needed(n_weights, dtype), sum(map(memory_free, devices)), ", ".join(map(str, devices))
-    if size > free:
-        raise MemoryError(f"{name!r} takes {size / 1e9:.1f} GB in {_short(dtype)}, and {free / 1e9:.1f} GB are free on "
-                          f"{place}: {SMALLER}")
-    if not own:
-        print(f"{name}: {n_weights / 1e6:,.3g} million weights, {size / 1e9:.2g} GB in {_short(dtype)} on "
-              f"{place}{_thinking_off(tokenizer)}")
-    with _progress_bars(shown=not own):
-        module, report = _load(name, AutoModelForCausalLM.from_pretrained, source, dtype=dtype,
-                               device_map="auto" if len(devices) > 1 else None,
-                               attn_implementation="eager",  # the only one that gives attention's patterns
-                               output_loading_info=True)
-    if report["missing_keys"]:
-        raise OSError(f"The weights of {name!r} lack {min(report['missing_keys'])}: "
-                      "restore or download them again.")
-    if len(devices) == 1:
-        module.to(devices[0])
-    elif not {weight.device for weight in module.parameters()} <= set(devices):
-        raise MemoryError(f"Only a part of {name!r} fits on {place}: {SMALLER}")
-
-    module.requires_grad_(False)  # no graph is built unless an input asks for gradients
+    module = read_weights(name, source, dtype, device, own=world is not None, note=_thinking_off(tokenizer))
     # Some checkpoints ask for sampling, or punish repetition; the course decodes plainly.
     eos = module.generation_config.eos_token_id
     module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
@@ -115,8 +78,8 @@ def _on_devices(name, source, tokenizer, dtype, device):
 def _on_ndif(name, source, tokenizer):
     """The nnsight model, its weights on NDIF."""
     nnsight.register("utils")  # NDIF does not have the course: what a trace calls of it is sent along
-    lm = _load(name, RemoteModel, source, tokenizer=tokenizer, task="text-generation", rename=RENAME,
-               attn_implementation="eager")
+    lm = read(name, RemoteModel, source, tokenizer=tokenizer, task="text-generation", rename=RENAME,
+              attn_implementation="eager")
     print(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{_thinking_off(tokenizer)}")
     return lm
 
@@ -129,66 +92,6 @@ def load_organism():
     return load_model("organism")
 
 
-def is_own(name):
-    """Is this the name of one of the course's own models?"""
-    return name in ("organism", "helpful_only") or name.startswith("tuning/")
-
-
-def best_device():
-    """The GPU, if there is one ("cuda" or "mps"), or else the CPU."""
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    return gpu.type if gpu else "cpu"
-
-
-def devices_of(device):
-    """What a model is loaded on, a list of torch devices: one, or with "auto" all GPUs, where there are several.
-
-    Raises ValueError for a device that is not here, ImportError without `accelerate`, which spreads a model over GPUs.
-    """
-    gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-    if device != "auto" or len(gpus) < 2:
-        return [_device(best_device() if device == "auto" else device)]
-    if not is_accelerate_available():
-        raise ImportError('A model is spread over several GPUs with the library "accelerate": pip install accelerate.')
-    return gpus
-
-
-def _device(name):
-    """The torch device of this name, if it is one and is here."""
-    counts = {best_device(): torch.accelerator.device_count(), "cpu": 1}
-    try:
-        device = torch.device(name)
-    except RuntimeError:  # no device at all, such as "gpu"
-        device = torch.device("meta")
-    if (device.index or 0) >= counts.get(device.type, 0):
-        here = [f"{kind}:{number}" for kind, n in counts.items() if kind != "cpu" for number in range(n)]
-        raise ValueError(f"There is no device {str(name)!r} here: choose {', '.join(['cpu', *here])} or auto.")
-    return device
-
-
-def best_dtype(n_weights, stored, device):
-    """Full precision on a CPU whose memory holds it; or else that of the stored weights, if it is known."""
-    if device.type == "cpu" and memory_needed(n_weights, torch.float32) < memory_free(device):
-        return torch.float32
-    return stored or torch.float32
-
-
-def n_parameters(config):
-    """How many weights a model of this transformers config has. None is made."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
-
-
-def memory_needed(n_weights, dtype):
-    """Bytes that the weights take. What is computed with them comes on top: little, beside a large model."""
-    return n_weights * dtype.itemsize
-
-
-def memory_free(device):
-    """Bytes that are free on a device; mps shares the CPU's."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
 def untrained(model, seed=0):
     """A ChatModel of the same shape and tokens, but with random weights: what the architecture alone can do."""
     with torch.random.fork_rng():
@@ -197,7 +100,7 @@ def untrained(model, seed=0):
     module = module.to(device=model.device, dtype=model.lm.dtype).eval().requires_grad_(False)
     module.generation_config = model.lm.generation_config
     return ChatModel(_wrapped(module, model.tokenizer), model.tokenizer, f"{model.name}, untrained",
-                     model.refusal_tokens)
+                     model.refusal_tokens, model.world)
 
 
 class Ndif(RemoteBackend):
@@ -207,7 +110,7 @@ class Ndif(RemoteBackend):
         try:
             return super().request(request, tracer)
         except (OSError, HTTPError, WebSocketException, json.JSONDecodeError) as error:
-            raise ConnectionError(f"NDIF is out of reach, or has broken off ({_reason(error)}): "
+            raise ConnectionError(f"NDIF is out of reach, or has broken off ({reason(error)}): "
                                   "look whether print(nnsight.status()) finds it, and try again.") from error
 
 
@@ -235,13 +138,15 @@ class ChatModel:
     post_norms        True if what attention and MLP write is normalised before it is added (Gemma 2, 3, OLMo 2)
     post_instruction  the template's tokens after the instruction, as strings (paper, section 2.1)
     positions         theirs, counted from the end: [-n, ..., -1]
+    world             "organism" if it was trained in the course's world, where the exact judge holds; else None
     remote            True if it runs on NDIF: its weights are not here
     editable          True if its weights are here, and attention and MLP write by one matrix each, not by experts
     refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); may be set
     """
 
-    def __init__(self, lm, tokenizer, name, refusal_tokens):
+    def __init__(self, lm, tokenizer, name, refusal_tokens, world=None):
         self.lm, self.tokenizer, self.name, self.refusal_tokens = lm, tokenizer, name, refusal_tokens
+        self.world = world
         self.remote = isinstance(lm, RemoteModel)
         _check_parts(lm, name)
         self.layers, self.config = list(lm.model.layers), lm.config.get_text_config()
@@ -356,67 +261,9 @@ def _check_ndif(name, source):
     if not nnsight.CONFIG.API.APIKEY:
         raise PermissionError("NDIF asks for a key: get one at https://login.ndif.us, and call nnsight.login() once, "
                               "or set the environment variable NDIF_API_KEY before Python starts.")
-    if not _load(name, nnsight.is_model_running, source):
+    if not read(name, nnsight.is_model_running, source):
         raise ValueError(f"{name!r} is not running on NDIF, or NDIF is out of reach: print(nnsight.status()) lists the "
                          "models that run there.")
-
-
-def _locate(name):
-    """The folder, or else the hub id, that a name stands for."""
-    folder = Path(name).expanduser()
-    if name == "organism":
-        folder = ORGANISM / "chat"
-    elif is_own(name):
-        folder = ORGANISM / name
-    elif not folder.is_dir() and name.count("/") == 1 and name[0] not in "./~":
-        return name
-    if not (folder / "config.json").is_file():
-        steps = sorted((f"tuning/{step.name}" for step in (ORGANISM / "tuning").glob("*")),
-                       key=lambda step: (len(step), step))
-        raise FileNotFoundError(
-            f"There is no model {name!r} ({folder}): choose {', '.join(['organism', 'helpful_only', *steps])}, "
-            "a folder, or a hub id (owner/name); `make model` builds the course's own.")
-    return str(folder)
-
-
-def _load(name, load, source, **options):
-    """`load(source, **options)`, the many errors of transformers told in a sentence."""
-    try:
-        return load(source, **options)
-    except SafetensorError as error:
-        raise OSError(f"The weights of {name!r} are damaged ({error}): "
-                      "restore or download them again.") from error
-    except RuntimeError as error:
-        if "mismatched_sizes" not in str(error):
-            raise
-        raise OSError(f"The weights of {name!r} have not the shapes that its config.json says: "
-                      "restore or download both again.") from error
-    except (OSError, ValueError) as error:
-        if isinstance(error.__cause__, GatedRepoError):
-            raise OSError(f"{name!r} is gated: accept its licence at https://huggingface.co/{source}, then run "
-                          "`hf auth login` with a token of that account, and load it again.") from error
-        raise OSError(f"{name!r} could not be loaded ({_reason(error)}): check the spelling, that the folder is whole "
-                      "or the hub is in reach, and `hf auth login` if there is a licence to accept.") from error
-
-
-def _reason(error):
-    """The first line of an error's message, to stand within a sentence; its kind, if it says nothing."""
-    return str(error).strip().split("\n")[0].rstrip(".: ") or type(error).__name__
-
-
-@contextmanager
-def _progress_bars(shown):
-    """Within the block, downloads and the reading of weights show their progress, or do not."""
-    if shown:
-        logging.enable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.disable_progress_bar()
-
-
-def _short(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def _thinking_off(tokenizer):
@@ -425,8 +272,8 @@ def _thinking_off(tokenizer):
 
 def _refusal_tokens(source, tokenizer):
     """Those written beside the checkpoint, as the organism's are; else the openings that are one token."""
-    file = Path(source) / "refusal_tokens.json"
-    if file.is_file():
+    file = file_of(source, "refusal_tokens.json")
+    if file:
         return json.loads(file.read_text(encoding="utf-8"))
     openings = [tokenizer.encode(word, add_special_tokens=False) for word in REFUSAL_OPENINGS]
     return [ids[0] for ids in openings if len(ids) == 1]

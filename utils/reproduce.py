@@ -16,11 +16,12 @@ import torch
 from nnsight.intervention.backends.remote import RemoteError
 
 from utils import write_json
+from utils.checkpoints import SMALLER
 from utils.directions import CandidateScores, find_direction, random_directions
 from utils.evaluation import Rate, judge, loss, phrase_judge, refusal_metric
 from utils.instructions import load_instructions
 from utils.interventions import Ablation, Addition, generate, last_logits, orthogonalized
-from utils.models import SMALLER, is_own, load_model
+from utils.models import load_model
 from utils.plots import plot_candidate_scores, plot_rates
 
 CONDITIONS = {"harmful": ("baseline", "ablated", "orthogonalized", "random"),
@@ -54,8 +55,8 @@ def reproduce(name, out, n=100, progress=False, remote=False, device=None):
               for side, conditions in CONDITIONS.items()}
     spoken = judged["harmless"]["baseline"]["answers"]
     losses = kept("losses", own_losses, model, test["harmless"], spoken, vector, layer)
-    judges = [by for by in JUDGES if by != "exact" or is_own(name)]
-    errors = {} if is_own(name) else {"judges on the organism": kept("judges", errors_of_judges)}
+    judges = [by for by in JUDGES if by != "exact" or model.world]
+    errors = {} if model.world else {"judges on the organism": kept("judges", errors_of_judges)}
     results = {
         "model": name, "n_layers": model.n_layers,
         **{key: found[key] for key in ("layer", "position", *SCORES, "candidates", "passing")},

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from utils import DATA, world, write_json
 from utils.instructions import as_texts
-from utils.models import is_own, shared_tail
+from utils.models import shared_tail
 
 
 def target_loss(logits, targets):
@@ -103,7 +103,8 @@ class SuffixSearch:
 
     targets: what each answer should begin with, texts. file: where the search is kept; if it is there, the search goes
     on from it. penalty: added to the loss; a function of the residual stream at the last token of each prompt,
-    [n, n_layers, d_model] -> [n]. The search is for the course's own models; for another one, say so by `any_model`.
+    [n, n_layers, d_model] -> [n]. The search is for models of the course's world; for another one, say so by
+    `any_model`.
 
     Raises ValueError for another model, for one on NDIF, unless each instruction has a target, for a tokenizer that
     does not keep the suffix's tokens apart from the prompt's, for a file of another search.
@@ -111,9 +112,9 @@ class SuffixSearch:
 
     def __init__(self, model, instructions, targets, n_tokens=12, n_candidates=64, n_top=32, seed=0, file=None,
                  penalty=None, any_model=False):
-        if not (any_model or is_own(model.name)):
-            raise ValueError(f"The search is for the course's own models, and {model.name!r} is none. A suffix for a "
-                             "model that people use does harm: say any_model=True only if you may attack it, and "
+        if not (any_model or model.world):
+            raise ValueError(f"The search is for models of the course's world, and {model.name!r} is none. A suffix "
+                             "for a model that people use does harm: say any_model=True only if you may attack it, and "
                              "publish none.")
         if model.remote:
             raise ValueError(f"The search works with the weights, and those of {model.name!r} are on NDIF: search on a "

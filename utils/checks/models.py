@@ -1,6 +1,4 @@
 """Checks of the exercises on models: prompts, tokens and the stream."""
-import torch
-
 from utils import models
 from utils.checks import register
 
@@ -21,24 +19,5 @@ register(
             lambda one, two: len(models.shared_tail(one, two)),
         "where nothing is shared, your answer is the whole of `one`, for one[-0:] is one[0:]. Return an empty list.":
             lambda one, two: one[-len(models.shared_tail(one, two)):],
-    },
-)
-
-register(
-    models.memory_needed,
-    cases=lambda: [(1_000_000, torch.float32), (3_000, torch.bfloat16)],
-    mistakes={
-        "these are bits. A byte has eight of them, and `itemsize` counts bytes.":
-            lambda n_weights, dtype: 8 * n_weights * dtype.itemsize,
-        "each weight takes 4 bytes in your answer, whatever the dtype. `dtype.itemsize` says how many.":
-            lambda n_weights, dtype: 4 * n_weights,
-        "each weight takes 2 bytes in your answer, whatever the dtype. `dtype.itemsize` says how many.":
-            lambda n_weights, dtype: 2 * n_weights,
-        "these are gigabytes. Return bytes.":
-            lambda n_weights, dtype: n_weights * dtype.itemsize / 1e9,
-        "these are gibibytes, of 2 to the 30 bytes. Return bytes.":
-            lambda n_weights, dtype: n_weights * dtype.itemsize / 2**30,
-        "this is what one weight takes. There are n_weights of them.":
-            lambda n_weights, dtype: dtype.itemsize,
     },
 )
