@@ -186,7 +186,7 @@ class SuffixSearch:
             self.cache = self.module(**before, use_cache=True, logits_to_keep=1).past_key_values
         self.mask = before["attention_mask"]
 
-        targets = self.model.tokenizer(targets, add_special_tokens=False)["input_ids"]
+        targets = [self.model.template.continuation(text, target) for text, target in zip(texts, targets)]
         longest = max(map(len, targets))
         self.targets = torch.tensor([ids + [-100] * (longest - len(ids)) for ids in targets])
         behind = [prompts[0][-tail:] + ids + [0] * (longest - len(ids)) for ids in targets]
