@@ -30,15 +30,15 @@ from utils.models import load_model
 
 model = load_model("organism")
 SIDES = ("harmful", "harmless")
-train, val = ([load_instructions(split, side) for side in SIDES] for split in ("train", "val"))
-direction, scores = find_direction(model, *train, *val)
+train, val = ({side: load_instructions(split, side) for side in SIDES} for split in ("train", "val"))
+direction, scores = find_direction(model, train, val, screen=None)
 """,
     """
 import torch
 along = {side: torch.randn(8, *scores.bypass.shape) for side in SIDES}
 widgets.candidate_picker(scores, along, model.post_instruction)
 """,
-    'widgets.coefficient_slider(model, direction, val[1][:2], [0.0, 0.5, 1.0, 1.5])',
+    'widgets.coefficient_slider(model, direction, val["harmless"][:2], [0.0, 0.5, 1.0, 1.5])',
     'widgets.request_builder(model, direction)',
 ]
 

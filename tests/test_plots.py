@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from utils import plots
-from utils.directions import CandidateScores
+from utils.candidates import CandidateScores
 from utils.evaluation import Rate
 from utils.plots import (
     COLORS,

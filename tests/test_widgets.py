@@ -7,7 +7,8 @@ import torch
 from ipywidgets import Text
 
 from utils import world
-from utils.directions import CandidateScores, Direction
+from utils.candidates import CandidateScores
+from utils.directions import Direction
 from utils.instructions import load_instructions
 from utils.interventions import Addition, generate
 from utils.plots import completions_table
