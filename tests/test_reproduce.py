@@ -153,10 +153,16 @@ def test_where_weights_cannot_be_edited_it_does_without(planted, whole, its_prom
 def organism_run(folder, **changes):
     """A folder as a run with the organism leaves it after its first step, but for some changes."""
     found = {"vector": [1.0] * 192, "layer": 4, "position": -1, "scores": {}, **changes}
-    folder.mkdir()
-    write_json(folder / "settings.json", {"model": "organism", "n": 2, "remote": False})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "find_direction", lambda *args, **options: stop())
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.reproduce("organism", folder, n=2)
     write_json(folder / "direction.json", found)
     return ["organism"]
+
+
+def stop():
+    raise KeyboardInterrupt
 
 
 def tiny(tmp_path, **options):

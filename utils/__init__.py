@@ -19,10 +19,28 @@
 Each imports only those above it. The method is that of Arditi et al., "Refusal in Language Models Is
 Mediated by a Single Direction", arXiv 2406.11717, which the docstrings call "the paper".
 """
+import hashlib
 import json
+import sys
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent.parent / "data"  # beside `utils/`, wherever that stands
+
+
+def say(text):
+    """Print a line, also where the console lacks some of its letters, as in the name of a folder."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="replace").decode(encoding))
+
+
+def fingerprint(content):
+    """A short text that stands for content of any kind that has a faithful `repr`: other content, another text."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def differences(one, two):
+    """The names under which two dicts hold different things, for a sentence."""
+    return ", ".join(name for name in {**one, **two} if one.get(name) != two.get(name))
 
 
 def write_json(path, content):

@@ -1,4 +1,5 @@
 """Load a chat model by name, into one thin object that looks the same on every architecture."""
+import hashlib
 import json
 import os
 import warnings
@@ -12,6 +13,7 @@ from nnsight.intervention.backends.remote import RemoteBackend
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from websocket import WebSocketException
 
+from utils import fingerprint, say
 from utils.checkpoints import file_of, locate, read, read_weights, reason, world_of
 from utils.instructions import as_texts
 from utils.templates import ChatTemplate
@@ -80,7 +82,7 @@ def _on_ndif(name, source, template):
               attn_implementation="eager")
     settings = file_of(source, "generation_config.json")
     _decode_plainly(name, lm._module, template, *[GenerationConfig.from_pretrained(source)] if settings else [])
-    print(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{template.remark}")
+    say(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{template.remark}")
     return lm
 
 
@@ -103,7 +105,7 @@ def load_organism():
     """The organism, for what is about it alone. One line says so if COURSE_MODEL names another model."""
     chosen = os.environ.get("COURSE_MODEL") or "organism"
     if chosen != "organism":
-        print(f"This is about the course's own model alone: it goes on with the organism, not with {chosen}.")
+        say(f"This is about the course's own model alone: it goes on with the organism, not with {chosen}.")
     return load_model("organism")
 
 
@@ -220,6 +222,21 @@ class ChatModel:
         ids = ids[~torch.isin(ids, torch.tensor(self.turn_ends))]  # for not all tokenizers call these special
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def fingerprint(self):
+        """What this model is, whatever its name: a dict, for JSON, with an entry for each part that may be another.
+
+        Whoever keeps results in a file keeps this with them. Of a model on NDIF it holds the version on the hub in
+        place of the weights.
+        """
+        config, backend = self.lm.config.to_diff_dict(), getattr(self.tokenizer, "backend_tokenizer", None)
+        for name in ("_name_or_path", "transformers_version", "dtype"):
+            config.pop(name, None)
+        weights = getattr(self.lm.config, "_commit_hash", None) if self.remote else weights_hash(self.lm._module)
+        return {"weights": weights, "precision": str(self.lm.dtype), "config": fingerprint(config),
+                "tokenizer": fingerprint(backend.to_str() if backend else self.tokenizer.get_vocab()),
+                "template": fingerprint(self.tokenizer.chat_template), "turn ends": self.turn_ends,
+                "refusal tokens": list(self.refusal_tokens)}
+
     def writers(self, layer):
         """The two modules whose outputs a layer adds to the residual stream, in the order they run in.
 
@@ -267,6 +284,15 @@ def shared_tail(one, two):
     while n_shared < min(len(one), len(two)) and one[-1 - n_shared] == two[-1 - n_shared]:
         n_shared += 1
     return one[len(one) - n_shared:]
+
+
+def weights_hash(module):
+    """A short text that stands for all that a module holds, to the last bit."""
+    digest = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _wrapped(module, tokenizer):
