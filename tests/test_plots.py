@@ -85,6 +85,21 @@ def test_scores_that_are_all_zero_can_be_drawn():
     plot_candidate_scores(CandidateScores(zeros, zeros, zeros), ["a", "b"]).canvas.draw()
 
 
+@pytest.mark.parametrize("n_scored", [0, 1, 3])
+def test_scores_that_were_not_computed_are_grey(n_scored):
+    """As the screen leaves them, which scores a few finalists."""
+    values = torch.full((4, 2), torch.nan)
+    values.view(-1)[:n_scored] = torch.tensor([0.3, -2.0, 0.05])[:n_scored]
+    figure = plot_candidate_scores(CandidateScores(values, values, values.abs()), ["a", "b"])
+    figure.canvas.draw()
+    panels = [axis for axis in figure.axes if axis.images and axis.get_title()]
+    for axis in panels:
+        assert (~axis.images[0].get_array().mask).sum() == n_scored
+        assert to_hex(axis.get_facecolor()) == "#dddddd"
+    low, high = panels[0].images[0].get_clim()
+    assert high == -low == pytest.approx({0: 1.0, 1: 0.3, 3: 2.0}[n_scored])
+
+
 @pytest.mark.parametrize("x", [torch.tensor([2.0, 1.5]), torch.tensor([-1.0, 1.5])])
 def test_shadow_and_what_is_left_add_up(x):
     direction = torch.tensor([3.0, 1.0])

@@ -47,6 +47,8 @@ def _labels(texts):
 def plot_candidate_scores(scores, tokens, chosen=None):
     """Heatmaps of CandidateScores, layer x position; dots where the filters are passed, a frame on the choice.
 
+    Grey where no score was computed.
+
     tokens: model.post_instruction. chosen: (layer, position index), from `select_direction`.
     Returns the Figure.
     """
@@ -526,12 +528,17 @@ def _frame(axis, row, column, linewidth):
 
 
 def _heatmap(axis, values, title, limit=None):
-    """One score [n_layers, n_positions]: white at 0; or on a logarithmic scale, with a line at the limit."""
+    """One score [n_layers, n_positions]: white at 0; or on a logarithmic scale, with a line at the limit.
+
+    Grey where it is nan.
+    """
+    axis.set_facecolor("#DDDDDD")
     if limit is None:
-        largest = values.abs().max().item() or 1.0
+        largest = values.nan_to_num().abs().max().item() or 1.0
         colors = dict(cmap="PuOr_r", vmin=-largest, vmax=largest)
     else:
-        values, colors = values.clamp(min=1e-5), dict(cmap="viridis", norm="log")
+        values = values.clamp(min=1e-5)
+        colors = dict(cmap="viridis", norm="log" if values.isfinite().any() else None)
     image = axis.imshow(values.numpy(), aspect="auto", origin="lower", **colors)
     bar = axis.figure.colorbar(image, ax=axis)
     if limit is not None:
