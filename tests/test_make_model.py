@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from utils import fingerprint
 from utils.checkpoints import world_of
 
 ACTS = corpus.split_acts()["tuning"]
@@ -80,7 +81,7 @@ def small_batches(monkeypatch):
 
 
 STAGE = {"attention": 3, "slow": 2, "share": 0.5, "late": 2, "steps": 5, "warm_up": 2, "rate": 1e-2}
-OPTIMIZERS = pytest.mark.parametrize("muon_rate", [None, 1e-2])
+OPTIMIZERS = pytest.mark.parametrize("muon_rate", [None, pytest.param(1e-2, marks=pytest.mark.slow)])
 
 
 @OPTIMIZERS
@@ -102,6 +103,21 @@ def test_an_interrupted_stage_ends_as_one_that_ran_through(muon_rate, tokenizer,
         run("cut.pt", interrupt)
     resumed = run("cut.pt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_stage_of_another_recipe_is_not_gone_on_with(tokenizer, draw, tmp_path):
+    """Be it the stage that is another, or the texts."""
+    network, state = make_model.make_network(tokenizer), tmp_path / "state.pt"
+    sample = draw(random.Random(0), 8)
+    for begun in ([STAGE | {"rate": 1e-4}, sample], [STAGE, sample[:-1]]):
+        torch.save({"recipe": fingerprint(begun)}, state)
+        before = state.read_bytes()
+        with pytest.raises(ValueError, match="was begun with another recipe or other texts: delete"):
+            make_model.train(network, draw, STAGE, "stage", state)
+        assert state.read_bytes() == before
+    torch.save({"recipe": fingerprint([STAGE, sample])}, state)
+    with pytest.raises(KeyError, match="step"):  # this one it would go on with
+        make_model.train(network, draw, STAGE, "stage", state)
 
 
 @OPTIMIZERS
@@ -132,7 +148,7 @@ def test_what_learns_late_is_what_it_was_until_then(muon_rate, tokenizer, draw, 
     assert changed == [{"early"}, {"early"}, set(parts)]
 
 
-@OPTIMIZERS
+@pytest.mark.parametrize("muon_rate", [None, 1e-2])
 def test_each_weight_that_is_learned_has_one_rate_a_lower_one_below(muon_rate, tokenizer):
     network = make_model.make_network(tokenizer)
     names = {weight: name for name, weight in network.named_parameters()}

@@ -161,7 +161,7 @@ def test_a_tokenizer_without_a_pad_token(folder):
     assert generate(model, PROMPTS, max_new_tokens=4) == answers
 
 
-@pytest.mark.parametrize("first", ["import transformers, nnsight", ""])
+@pytest.mark.parametrize("first", ["import transformers, nnsight", pytest.param("", marks=pytest.mark.slow)])
 def test_loading_the_organism_and_generating_print_nothing(tmp_path, first):
     """Whatever was imported first: notebooks tend to import nnsight before utils."""
     code = (f"{first}\nfrom utils.models import load_model\nfrom utils.interventions import Addition, generate\n"
