@@ -326,8 +326,9 @@ def of_real_model(args):
     if args.sweep:
         scorer, kept = begun_sweep(model, train, val, rest, args.sweep)
         sweep(scorer, progress=True)
-        rows.append((f"{name}: the screen picks what the sweep picks, {' + '.join(str(len(k)) for k in kept)} validation "
-                     "prompts resampled", *told(resampled(scorer, *kept))))
+        drawn = " + ".join(str(len(prompts)) for prompts in kept)
+        rows.append((f"{name}: the screen picks what the sweep picks, {drawn} validation prompts resampled",
+                     *told(resampled(scorer, *kept))))
     return rows
 
 

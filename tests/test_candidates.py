@@ -1,6 +1,7 @@
 """Exact scores by the definitions, first-order estimates by their derivatives, beginnings that are read once."""
 import pytest
 import torch
+from exact import assert_same
 from plain_hooks import plain_logits
 from planted_model import planted_prompts, save_planted
 from tiny_models import TEMPLATE, save_tiny
@@ -27,15 +28,16 @@ from utils.models import load_model
 
 HARMFUL, HARMLESS = ["steal", "steal a car", "a car, a cake"], ["bake a cake", "Sorry, a cake"]
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, a car"]
+pytestmark = pytest.mark.usefixtures("exact")
 
 
 def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    return load_model(save_planted(tmp_path_factory.mktemp("planted")))
+    return load_model(save_planted(tmp_path_factory.mktemp("planted")), dtype=torch.float64)
 
 
 # exact scores
@@ -43,7 +45,7 @@ def planted(tmp_path_factory):
 def test_scores_are_those_of_one_candidate_at_a_time(llama):
     """By the definitions, prompt by prompt, on a random model; batch sizes do not matter."""
     harmful, harmless = ["steal", "steal a car", "a car, a cake"], ["bake a cake", "Sorry, a cake"]
-    candidates = 3 * torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
+    candidates = 3 * randn(4, 5, 32)
     candidates[1, 2] = 0
     scores = score_candidates(llama, candidates, harmful, harmless, batch_size=4)
 
@@ -58,11 +60,11 @@ def test_scores_are_those_of_one_candidate_at_a_time(llama):
         kl = kl_divergence(logits(harmless, None), logits(harmless, ablated)).mean()
         expected = torch.stack([bypass, induce, kl])
         scored = torch.stack([s[layer, index] for s in (scores.bypass, scores.induce, scores.kl)])
-        torch.testing.assert_close(scored, expected, rtol=1e-4, atol=1e-4)
+        assert_same(scored, expected)
 
     assert scores.kl[1, 2] == 0
-    torch.testing.assert_close(scores.bypass[1, 2], refusal_metric(logits(harmful, None), llama.refusal_tokens).mean())
-    torch.testing.assert_close(scores.induce[1, 2], refusal_metric(logits(harmless, None), llama.refusal_tokens).mean())
+    assert_same(scores.bypass[1, 2], refusal_metric(logits(harmful, None), llama.refusal_tokens).mean())
+    assert_same(scores.induce[1, 2], refusal_metric(logits(harmless, None), llama.refusal_tokens).mean())
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 32), (4, 5, 16), (4, 32), (32,)])
@@ -84,19 +86,19 @@ def test_layer_0_has_no_candidates(llama):
 def test_candidates_of_a_model_that_overflows(llama, bad):
     candidates = torch.ones(4, 5, 32)
     candidates[3, 2, 1] = bad
-    with pytest.raises(ValueError, match="nan or infinity: .* overflows in torch.float32. Load it with dtype"):
+    with pytest.raises(ValueError, match="nan or infinity: .* overflows in torch.float64. Load it with dtype"):
         score_candidates(llama, candidates, ["steal"], ["bake a cake"])
 
 
 def test_scores_are_the_means_over_prompts(llama):
     harmful, harmless = ["steal", "steal a car", "a car, a cake"], ["bake a cake", "Sorry, a cake"]
-    candidates = 3 * torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
+    candidates = 3 * randn(4, 5, 32)
     scores = score_candidates(llama, candidates, harmful, harmless)
     bypass = refusal_when_ablated(llama, candidates[2, 1], harmful)
     induce = refusal_when_added(llama, candidates[2, 1], 2, harmless)
     assert bypass.shape == (3,) and induce.shape == (2,)
-    torch.testing.assert_close(bypass.mean(), scores.bypass[2, 1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(induce.mean(), scores.induce[2, 1], rtol=1e-4, atol=1e-4)
+    assert_same(bypass.mean(), scores.bypass[2, 1])
+    assert_same(induce.mean(), scores.induce[2, 1])
 
 
 def test_tokens_read_are_those_that_the_model_reads(planted, monkeypatch):
@@ -142,7 +144,7 @@ def test_scores_are_kept_one_by_one_and_found_again(llama, tmp_path, monkeypatch
     handle.remove()
     assert len(n_read) == 3 * 20 - 7 + 1  # what was left, and the unchanged model
     for name in SCORES:
-        torch.testing.assert_close(getattr(again, name), getattr(whole, name), rtol=1e-4, atol=1e-4)
+        assert_same(getattr(again, name), getattr(whole, name))
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -180,7 +182,7 @@ CHANGES = {"none": None, "erase": Ablation(randn(32)), "add": Addition(randn(32)
 
 @pytest.fixture(scope="module", params=["llama", "gemma", "gpt_neox", "phi3"])
 def long_template(request, tmp_path_factory):
-    return load_model(save_tiny(tmp_path_factory.mktemp("long"), request.param, template=LONG))
+    return load_model(save_tiny(tmp_path_factory.mktemp("long"), request.param, template=LONG), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -196,15 +198,15 @@ def test_a_beginning_that_is_read_once_changes_nothing(long_template, change, ba
     handle.remove()
     assert sum(n_read) < 0.6 * sum(map(len, start.tokens))
     whole = last_logits(long_template, PROMPTS, change, batch_size)
-    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-4 * whole.abs().max().item())
+    assert_same(logits, whole)
     assert change is None or (logits - last_logits(long_template, PROMPTS)).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2"])
 def test_where_a_window_slides_prompts_are_read_whole(tmp_path, architecture):
-    model = load_model(save_tiny(tmp_path, architecture, template=LONG))
-    torch.testing.assert_close(SharedStart(model, PROMPTS).last_logits(Ablation(randn(32))),
-                               plain_logits(model, PROMPTS, ablate=randn(32).expand(4, 32)), rtol=0, atol=1e-4)
+    model = load_model(save_tiny(tmp_path, architecture, template=LONG), dtype=torch.float64)
+    assert_same(SharedStart(model, PROMPTS).last_logits(Ablation(randn(32))),
+                plain_logits(model, PROMPTS, ablate=randn(32).expand(4, 32)))
 
 
 def test_the_beginning_ends_before_the_last_token_of_the_shortest():
@@ -220,15 +222,15 @@ def test_writes_add_up_to_the_streams_and_gradients_are_those_of_the_metric(mode
     [(metric, stream_gradients, writes, write_gradients)] = refusal_gradients(model, PROMPTS)
     order = sorted(range(4), key=lambda row: len(model.tokens(PROMPTS)[row]))
     logits = last_logits(model, [PROMPTS[row] for row in order])
-    torch.testing.assert_close(metric, refusal_metric(logits, model.refusal_tokens).to(metric), rtol=1e-3, atol=1e-3)
+    assert_same(metric, refusal_metric(logits, model.refusal_tokens))
     assert len(stream_gradients) == 4 and len(writes) == len(write_gradients) == 9
     # A small step along the first layer's gradient changes the metric by the gradient's squared length.
-    step = 1e-3 / stream_gradients[2][:, -1].norm(dim=-1)
+    step = 1e-5 / stream_gradients[2][:, -1].norm(dim=-1)
     nudge = step[:, None] * stream_gradients[2][:, -1]
     moved = [last_logits(model, [PROMPTS[row] for row in order], Nudge(2, sign * nudge)) for sign in (1, -1)]
     up, down = (refusal_metric(x, model.refusal_tokens) for x in moved)
-    slope = (up - down) / (2 * step.cpu())
-    torch.testing.assert_close(slope, stream_gradients[2][:, -1].square().sum(dim=-1).to(slope), rtol=0.05, atol=1e-3)
+    slope = (up - down) / (2 * step)
+    torch.testing.assert_close(slope, stream_gradients[2][:, -1].square().sum(dim=-1), rtol=1e-5, atol=0)
 
 
 class Nudge:
@@ -244,14 +246,14 @@ class Nudge:
 
 
 def test_the_estimate_is_the_derivative_of_ablation(llama):
-    """By what the metric changes if a thousandth of each write's shadow is erased, times a thousand."""
-    direction, rate = randn(32), 1e-3
+    """By what the metric changes if a millionth of each write's shadow is erased, times a million."""
+    direction, rate = randn(32), 1e-6
     [(metric, _, writes, gradients)] = refusal_gradients(llama, PROMPTS)
     order = sorted(range(4), key=lambda row: len(llama.tokens(PROMPTS)[row]))
     prompts = [PROMPTS[row] for row in order]
     changed = refusal_metric(last_logits(llama, prompts, Partly(direction, rate)), llama.refusal_tokens)
     estimate = first_order_ablation(writes, gradients, direction)
-    torch.testing.assert_close((changed - metric) / rate, estimate, rtol=0.1, atol=0.05)
+    torch.testing.assert_close((changed - metric) / rate, estimate, rtol=1e-4, atol=0)
     assert estimate.abs().max() > 0.3
 
 
@@ -278,19 +280,28 @@ def test_many_directions_are_estimated_as_one_by_one(llama):
     together = first_order_ablation(writes, gradients, directions)
     assert together.shape == (4, 5)
     for column, direction in zip(together.T, directions):
-        torch.testing.assert_close(column, first_order_ablation(writes, gradients, direction), rtol=1e-4, atol=1e-4)
+        assert_same(column, first_order_ablation(writes, gradients, direction))
+
+
+def test_estimates_of_a_model_in_half_precision(tmp_path):
+    folder = save_tiny(tmp_path)
+    half, whole = load_model(folder, dtype=torch.bfloat16), load_model(folder, dtype=torch.float64)
+    rough, estimates = (first_order(model, randn(4, 5, 32), HARMFUL, HARMLESS) for model in (half, whole))
+    for name in ("bypass", "induce"):
+        both = torch.stack([getattr(rough, name).double().flatten(), getattr(estimates, name).flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_estimates_are_exact_for_changes_that_are_small(llama, batch_size):
     """Induce of a short candidate; and bypass of a candidate of length zero, which changes nothing."""
-    candidates = 1e-3 * randn(4, 5, 32)
+    candidates = 1e-6 * randn(4, 5, 32)
     candidates[1, 1] = 0
     estimates = first_order(llama, candidates, HARMFUL, HARMLESS, batch_size)
     exact = score_candidates(llama, candidates, HARMFUL, HARMLESS)
     unchanged = exact.induce[1, 1]
-    torch.testing.assert_close(estimates.induce - unchanged, exact.induce - unchanged, rtol=0.05, atol=2e-4)
-    torch.testing.assert_close(estimates.bypass[1, 1], exact.bypass[1, 1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(estimates.induce - unchanged, exact.induce - unchanged, rtol=1e-4, atol=1e-9)
+    assert_same(estimates.bypass[1, 1], exact.bypass[1, 1])
     assert estimates.kl.isnan().all()
 
 

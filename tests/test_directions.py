@@ -2,7 +2,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from exact import Float64, assert_same
+from hypothesis import given
 from hypothesis import strategies as st
 from planted_model import planted_directions, planted_prompts, save_planted
 
@@ -30,31 +31,37 @@ HARMFUL, HARMLESS = planted_prompts("#", 24), planted_prompts("+", 24, seed=1)
 HARMFUL_VAL, HARMLESS_VAL = planted_prompts("#", 6, seed=2), planted_prompts("+", 6, seed=3)
 
 
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
 def sides(harmful, harmless):
     return {"harmful": harmful, "harmless": harmless}
 
 
+pytestmark = pytest.mark.usefixtures("exact")
 TRAIN, VAL = sides(HARMFUL, HARMLESS), sides(HARMFUL_VAL, HARMLESS_VAL)
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """The model with a known direction, written at layer 1: it is there at the start of layer 2."""
-    model = load_model(save_planted(tmp_path_factory.mktemp("planted")))
+    model = load_model(save_planted(tmp_path_factory.mktemp("planted")), dtype=torch.float64)
     model.refusal_tokens = model.refusal_tokens[:1]
     return model
 
 
 @pytest.fixture(scope="module")
 def found(planted):
-    return find_direction(planted, TRAIN, VAL, screen=None)
+    with Float64():
+        return find_direction(planted, TRAIN, VAL, screen=None)
 
 
 # the planted model
 
 def test_the_planted_direction_is_found(planted, found):
     direction, scores = found
-    r, q = planted_directions()
+    r, q = planted_directions().double()
     assert F.cosine_similarity(direction.vector, r, dim=0) > 0.99
     assert direction.layer == 2  # at whose start r stands alone
     assert direction.position in planted.positions
@@ -88,8 +95,8 @@ def test_prompts_on_the_wrong_side_are_left_out(planted, found):
     again, scores_again = find_direction(
         planted, sides(HARMFUL + HARMLESS[:9], HARMLESS + HARMFUL[:9]),
         sides(HARMFUL_VAL + HARMLESS_VAL, HARMLESS_VAL + HARMFUL_VAL), screen=None)
-    torch.testing.assert_close(again.vector, direction.vector, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(scores_again.bypass, scores.bypass, rtol=1e-3, atol=1e-3)
+    assert_same(again.vector, direction.vector)
+    assert_same(scores_again.bypass, scores.bypass)
 
 
 def test_a_model_that_never_refuses(planted):
@@ -118,7 +125,7 @@ def test_not_strict_it_goes_on_with_all_prompts_and_says_so_in_one_line(planted,
     assert not scores.passing().any()
     streams = [residual_stream(planted, prompts)[:, direction.layer, direction.position]
                for prompts in (HARMLESS[:12], HARMLESS[12:])]
-    torch.testing.assert_close(direction.vector, streams[0].mean(dim=0) - streams[1].mean(dim=0), rtol=1e-4, atol=1e-4)
+    assert_same(direction.vector, streams[0].mean(dim=0) - streams[1].mean(dim=0))
 
 
 def test_not_strict_it_goes_on_where_no_candidate_passes(llama, capsys):
@@ -143,7 +150,7 @@ def test_the_screen_finds_what_the_sweep_finds(planted, found, screen):
     assert scored[1:].sum() == min(screen, 4 * len(planted.positions))  # layer 0 has none, layer 5 is late
     for name in ("bypass", "induce", "kl"):
         measured, exact = getattr(scores, name), getattr(every, name)
-        torch.testing.assert_close(measured[~measured.isnan()], exact[~measured.isnan()], rtol=1e-3, atol=1e-3)
+        assert_same(measured[~measured.isnan()], exact[~measured.isnan()])
 
 
 def test_the_screen_stops_at_the_candidate_that_is_chosen(planted, found):
@@ -184,7 +191,7 @@ def test_the_mean_of_those_kept_is_that_of_their_streams(planted, refused, batch
     assert kept == (HARMFUL[:7] if refused else HARMLESS[:4])
     mean, n_kept = mean_of_kept(planted, mixed, refused, batch_size)
     assert n_kept == len(kept)
-    torch.testing.assert_close(mean, residual_stream(planted, kept).mean(dim=0), rtol=1e-4, atol=1e-4)
+    assert_same(mean, residual_stream(planted, kept).mean(dim=0))
 
 
 def test_not_strict_a_direction_that_is_there_is_found_all_the_same(planted, found, capsys):
@@ -261,28 +268,24 @@ def test_the_lowest_bypass_whatever_the_others():
 # the difference in means and directions
 
 activations = st.tuples(st.integers(1, 5), st.integers(0, 10**6)).map(
-    lambda drawn: torch.randn(drawn[0], 3, 2, 4, generator=torch.Generator().manual_seed(drawn[1])))
-quick = settings(deadline=None, max_examples=30)
+    lambda drawn: randn(drawn[0], 3, 2, 4, seed=drawn[1]))
 
 
-@quick
 @given(activations, activations)
 def test_difference_in_means_is_that_of_the_means(harmful, harmless):
     difference = difference_in_means(harmful, harmless)
     for layer in range(3):
         for position in range(2):
             means = [sum(x[layer, position] for x in side) / len(side) for side in (harmful, harmless)]
-            torch.testing.assert_close(difference[layer, position], means[0] - means[1], rtol=1e-4, atol=1e-5)
+            assert_same(difference[layer, position], means[0] - means[1])
 
 
-@quick
 @given(activations, activations, st.integers(0, 10**6))
 def test_difference_in_means_ignores_order_and_what_both_share(harmful, harmless, seed):
-    shared = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(seed))
+    shared = randn(3, 2, 4, seed=seed)
     difference = difference_in_means(harmful, harmless)
-    torch.testing.assert_close(difference_in_means(harmful.flip(0) + shared, harmless + shared), difference,
-                               rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(difference_in_means(harmless, harmful), -difference)
+    assert_same(difference_in_means(harmful.flip(0) + shared, harmless + shared), difference)
+    assert_same(difference_in_means(harmless, harmful), -difference)
 
 
 def test_random_directions_are_as_long_as_the_one_and_point_elsewhere():
@@ -307,15 +310,14 @@ def test_prompts_are_filtered_by_the_sign_of_their_metric():
     assert filter_prompts(prompts, metric, refused=False) == ["b", "c"]
 
 
-@quick
 @given(st.integers(0, 10**6), st.floats(0.01, 100))
 def test_cosines_ignore_lengths(seed, length):
-    vectors = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
+    vectors = randn(5, 8, seed=seed)
     cosines = cosine_similarities(vectors)
-    torch.testing.assert_close(cosines.diagonal(), torch.ones(5))
-    torch.testing.assert_close(cosines, cosines.T)
-    torch.testing.assert_close(cosine_similarities(length * vectors), cosines, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cosines[1, 3], F.cosine_similarity(vectors[1], vectors[3], dim=0))
+    assert_same(cosines.diagonal(), torch.ones(5).double())
+    assert_same(cosines, cosines.T)
+    assert_same(cosine_similarities(length * vectors), cosines)
+    assert_same(cosines[1, 3], F.cosine_similarity(vectors[1], vectors[3], dim=0))
 
 
 def test_right_angles_and_opposites():
@@ -324,8 +326,8 @@ def test_right_angles_and_opposites():
 
 
 def test_each_prompt_may_have_its_own_direction(llama):
-    prompts, rows = every_pair(["steal", "bake a cake"], torch.randn(3, 32, generator=torch.Generator().manual_seed(0)))
+    prompts, rows = every_pair(["steal", "bake a cake"], randn(3, 32))
     for measure in (refusal_when_ablated, lambda *args: refusal_when_added(*args[:2], 1, args[2])):
         together = measure(llama, rows, prompts)
         alone = torch.cat([measure(llama, row, [prompt]) for prompt, row in zip(prompts, rows)])
-        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+        assert_same(together, alone)

@@ -29,7 +29,7 @@ def shown(monkeypatch):
 
 @pytest.fixture
 def direction():
-    return Direction(torch.randn(32, generator=torch.Generator().manual_seed(0)), layer=2, position=-1)
+    return Direction(torch.randn(32, generator=torch.Generator().manual_seed(0)).double(), layer=2, position=-1)
 
 
 def positions(control):

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from utils import fingerprint
 from utils.evaluation import kl_divergence, refusal_metric
 from utils.interventions import Ablation, Addition
+from utils.models import at_least_float32
 
 SCORES = ("bypass", "induce", "kl")
 WORTH_SHARING = 8  # tokens: two forward passes in place of one have a cost of their own
@@ -103,7 +104,7 @@ class SharedStart:
                 if change is not None:
                     change.apply(self.model)
                 last = self.model.lm.output.logits[:, -1].save()
-            logits.update(zip(rows, last.float().cpu()))
+            logits.update(zip(rows, at_least_float32(last).cpu()))
         return torch.stack([logits[row] for row in range(len(logits))])
 
     def _read_beginning(self, change):
@@ -158,13 +159,13 @@ class Scorer:
         self.real = lengths > 1e-5 * lengths.max()
         shape = candidates.shape[:2]
         n_harmful, n_harmless = len(self.harmful.tokens), len(self.harmless.tokens)
-        self.values = {name: torch.full((*shape, n), torch.nan)
+        self.values = {name: self.unchanged.new_full((*shape, n), torch.nan)
                        for name, n in zip(SCORES, (n_harmful, n_harmless, n_harmless))}
         if self.file and self.file.is_file():
             self._resume()
         elif not self.real.all():
             nothing = {"bypass": self._metric(self.harmful.last_logits()), "induce": self._metric(self.unchanged),
-                       "kl": torch.zeros(n_harmless)}
+                       "kl": self.unchanged.new_zeros(n_harmless)}
             for name, values in nothing.items():
                 self.values[name][~self.real] = values
 
@@ -273,16 +274,16 @@ def screen(estimates, real, n_finalists):
 # First order: by how much the metric would change if its gradients stayed what they are (attribution patching; Nanda
 # 2023; Syed et al. 2023, arXiv 2310.10348).
 
-def first_order_ablation(writes, gradients, directions):
+def first_order_ablation(writes, gradients, direction):
     """To first order, by how much ablating a direction changes the refusal metric -> [n_prompts], nats.
 
     writes: all that is written to the residual stream, a list of [n_prompts, n_tokens, d_model]. gradients: the
     metric's, by each of them. Each write loses its part along r̂, (write · r̂) r̂; so the metric changes by
     -(gradient · r̂)(write · r̂), summed over writes and tokens.
-    directions: [d_model], of any length; or [n_directions, d_model], for [n_prompts, n_directions].
+    direction: [d_model], of any length; or several, [n_directions, d_model], for [n_prompts, n_directions].
     """
-    units = F.normalize(directions, dim=-1)
-    return -sum((torch.inner(write, units) * torch.inner(gradient, units)).sum(dim=1)
+    unit = F.normalize(direction, dim=-1)
+    return -sum((torch.inner(write, unit) * torch.inner(gradient, unit)).sum(dim=1)
                 for write, gradient in zip(writes, gradients))
 
 
@@ -315,6 +316,8 @@ def refusal_gradients(model, instructions, batch_size=8):
     writes            all that is written to the stream: the first layer's input, then of each layer what attention
                       and what the MLP writes; a list of the same shape
     write_gradients   by each of these
+
+    All in float32 at the least, where the model's inputs are.
     """
     for _, inputs in model.batches(model.tokens(instructions), batch_size):
         with model.lm.trace(inputs, use_cache=False, logits_to_keep=1):
@@ -326,11 +329,13 @@ def refusal_gradients(model, instructions, batch_size=8):
                     out = module.output
                     writes.append(out[0] if isinstance(out, tuple) else out)
             logits = model.lm.output.logits[:, -1].save()
-        metric = refusal_metric(logits.float(), model.refusal_tokens)
+        metric = refusal_metric(at_least_float32(logits), model.refusal_tokens)
         gradients = torch.autograd.grad(metric.sum(), [*streams, *writes])
+        metric, *tensors = (at_least_float32(x.detach()).to(model.device)
+                            for x in (metric, *gradients, streams[0], *writes))
+        gradients, writes = tensors[:len(gradients)], tensors[len(gradients):]
         stream_gradients, write_gradients = gradients[:len(streams)], gradients[len(streams):]
-        yield (metric.detach(), stream_gradients, [streams[0].detach(), *(write.detach() for write in writes)],
-               [stream_gradients[0], *write_gradients])
+        yield metric, stream_gradients, writes, [stream_gradients[0], *write_gradients]
 
 
 def tokens_read(n_tokens, n_candidates, n_train, n_val):

@@ -12,6 +12,7 @@ from utils.candidates import SharedStart, score_candidates, score_finalists
 from utils.evaluation import refusal_metric
 from utils.instructions import SIDES
 from utils.interventions import Ablation, Addition, last_logits
+from utils.models import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,14 +157,14 @@ def mean_of_kept(model, prompts, refused, batch_size=64):
         with model.lm.trace(inputs, logits_to_keep=1):
             streams = nnsight.save([layer.input[:, model.positions] for layer in model.layers])
             logits = model.lm.output.logits[:, -1].save()
-        streams = torch.stack([stream.to(model.device) for stream in streams], dim=1).double().cpu()
-        keep = (refusal_metric(logits.float().cpu(), model.refusal_tokens) > 0) == refused
+        streams = at_least_float32(torch.stack([stream.to(model.device) for stream in streams], dim=1)).cpu()
+        keep = (refusal_metric(at_least_float32(logits).cpu(), model.refusal_tokens) > 0) == refused
         for kept in counts:  # added up batch after batch: no stream is stored
-            totals[kept] = totals.get(kept, 0) + streams[keep == kept].sum(dim=0)
+            totals[kept] = totals.get(kept, 0) + streams[keep == kept].double().sum(dim=0)
             counts[kept] += int((keep == kept).sum())
     n_kept = counts[True]
     mean = totals[True] / n_kept if n_kept else totals[False] / counts[False]
-    return mean.float(), n_kept
+    return mean.to(streams), n_kept
 
 
 def random_directions(n, like, seed=0):
