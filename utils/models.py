@@ -120,7 +120,7 @@ def load_editable():
     model = load_model()
     if model.editable:
         return model
-    print(f"The weights of {model.name} are no plain matrices that can be edited: this goes on with the organism.")
+    say(f"The weights of {model.name} are no plain matrices that can be edited: this goes on with the organism.")
     return load_model("organism")
 
 
