@@ -1,13 +1,18 @@
 """What a checkpoint says of itself, and every kind of file that people have: GGUF, adapters, weights in few bits."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from tiny_gguf import dequantized, save_gguf
 from tiny_models import save_tiny
+from transformers import AutoModelForCausalLM
 
 from utils import checkpoints
 from utils.evaluation import judge, judge_of
+from utils.interventions import generate
 from utils.models import load_model, untrained
 from utils.suffixes import SuffixSearch
 
@@ -56,3 +61,206 @@ def test_a_world_that_the_course_does_not_know(folder, content):
     (folder / "course.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="course.json names no world of the course .*: restore it, or delete it"):
         load_model(str(folder))
+
+
+# GGUF
+
+def logits_of(model, ids=(5, 40, 7, 100, 3)):
+    return model.lm._module(input_ids=torch.tensor([ids])).logits
+
+
+def assert_same(model, other, tolerance=1e-4):
+    logits, others = logits_of(model), logits_of(other)
+    assert (logits - others).abs().max() <= tolerance * others.abs().max()
+
+
+FAMILIES = {  # what a file does not say is as in all models of the family
+    "llama, tied": {"tie_word_embeddings": True}, "llama, untied": {"tie_word_embeddings": False}, "qwen2": {},
+    "qwen2, tied": {"tie_word_embeddings": True}, "qwen3, wide heads": {"head_dim": 16},
+    "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 256},
+    "gemma3_text": {"layer_types": ["sliding_attention"] * 4, "query_pre_attn_scalar": 256},
+    "llama, turned as from 3.1 on": {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}},
+}
+
+
+def rope_factors(module):
+    """What llama.cpp's converter writes for Llama 3.1 and later, {} for other models."""
+    rope = module.config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return {}
+    plain = rope["rope_theta"] ** -(torch.arange(0, 8, 2) / 8)
+    return {"rope_freqs.weight": plain / module.model.rotary_emb.inv_freq}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gguf_file_computes_what_its_checkpoint_does(tmp_path, family, capsys):
+    folder = save_tiny(tmp_path / "checkpoint", family.split(",")[0], **FAMILIES[family])
+    model = load_model(folder)
+    path = save_gguf(folder, tensors=rope_factors(model.lm._module))
+    gguf = load_model(path)
+    assert capsys.readouterr().out.endswith("in float32 on cpu, dequantized from a GGUF file in F32\n")
+    assert_same(gguf, model, 1e-5)
+    head, embedding = gguf.lm._module.lm_head.weight, gguf.lm._module.model.embed_tokens.weight
+    assert (head is embedding) == model.config.tie_word_embeddings
+    assert gguf.post_instruction == model.post_instruction
+    prompts = ["bake a cake", "I can't help"]
+    assert gguf.tokens(prompts) == model.tokens(prompts)
+    assert generate(gguf, prompts, max_new_tokens=6) == generate(model, prompts, max_new_tokens=6)
+
+
+def test_a_gguf_file_of_few_bits_has_the_weights_that_these_bits_say(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "checkpoint", "qwen2")
+    model, gguf = load_model(folder), load_model(save_gguf(folder, kind="Q8_0"))
+    assert capsys.readouterr().out.endswith(", dequantized from a GGUF file in Q8_0\n")
+    for (name, weight), (_, other) in zip(model.lm.named_parameters(), gguf.lm.named_parameters(), strict=True):
+        expected = dequantized(weight, "Q8_0") if weight.dim() == 2 else weight
+        torch.testing.assert_close(other, expected, rtol=0, atol=0, msg=name)
+    assert not torch.equal(gguf.lm.lm_head.weight, model.lm.lm_head.weight)
+    half = load_model(save_gguf(folder, kind="Q8_0"), dtype=torch.bfloat16)
+    assert {weight.dtype for weight in half.lm.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_from_a_gguf_file_is_like_any_other(tmp_path):
+    path = save_gguf(save_tiny(tmp_path / "checkpoint"), kind="Q8_0")
+    model = load_model(path)
+    assert model.editable
+    assert untrained(model).n_layers == 4
+    model.lm._module.save_pretrained(tmp_path / "saved")
+    model.tokenizer.save_pretrained(tmp_path / "saved")
+    for again in (load_model(str(tmp_path / "saved")), load_model(path)):
+        assert_same(again, model, 1e-6)
+        assert again.tokens(["bake a cake"]) == model.tokens(["bake a cake"])
+
+
+def test_a_folder_with_a_gguf_file_is_its_path(tmp_path):
+    folder = Path(save_tiny(tmp_path / "checkpoint"))
+    path = Path(save_gguf(str(folder)))
+    assert_same(load_model(str(path.parent)), load_model(str(path)), 1e-6)
+    for file in ("config.json", "tokenizer.json"):  # beside the weights of a GGUF file they change nothing
+        (path.parent / file).write_bytes((folder / file).read_bytes())
+    assert_same(load_model(str(path.parent)), load_model(str(path)), 1e-6)
+    (folder / "model.gguf").write_bytes(b"beside ordinary weights it is not looked at")
+    assert_same(load_model(str(folder)), load_model(str(path)), 1e-5)
+
+
+@pytest.mark.parametrize("pre, pieces", [("smollm", ["1", "2", "3"]), ("llama-bpe", ["123"])])
+def test_digits_are_cut_as_the_file_says(tmp_path, monkeypatch, pre, pieces):
+    path = save_gguf(save_tiny(tmp_path / "checkpoint"), more={"tokenizer.ggml.pre": pre})
+    cut = load_model(path).tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("123")
+    assert [piece for piece, _ in cut] == pieces
+
+
+def part_of_three(path):
+    other = path.with_name("model-00002-of-00003.gguf")
+    path.rename(other)
+    return other
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+    return path
+
+
+def another(path):
+    (path.parent / "model-Q8_0.gguf").write_bytes(path.read_bytes())
+    return path.parent
+
+
+BAD_GGUF = {  # what was written and what became of it: the sentence
+    "of a family that transformers does not read": ({"family": "plamo"}, None, ValueError, "does not read .*plamo"),
+    "of one that gguf does not know": ({"family": "mine"}, None, ValueError, "does not read .*mine"),
+    "without a chat template": ({"leave_out": ["tokenizer.chat_template"]}, None, ValueError, "has no chat template"),
+    "without a tokenizer": ({"leave_out": ["tokenizer.ggml.tokens", "tokenizer.ggml.model"]}, None, ValueError,
+                            "holds no tokenizer"),
+    "a part": ({}, part_of_three, ValueError, "is one part of a model that was split into several GGUF files: join"),
+    "a part, by its settings": ({"more": {"split.count": 3}}, None, ValueError, "is one part of a model"),
+    "a folder with a part": ({}, lambda path: part_of_three(path).parent, ValueError, "one part of a model"),
+    "truncated": ({}, truncated, OSError, "is no whole GGUF file .*: restore or download it again"),
+    "text": ({}, lambda path: path.write_text("weights") and path, OSError, "is no whole GGUF file"),
+    "empty": ({}, lambda path: path.write_bytes(b"") or path, OSError, "is no whole GGUF file"),
+    "not there": ({}, lambda path: path.parent / "other.gguf", FileNotFoundError, "There is no model .*other.gguf"),
+    "two in a folder": ({}, another, ValueError, "holds several GGUF files: load one by its path, .*-Q8_0.gguf"),
+    "with weights besides": ({"tensors": {"blk.0.attn_q.bias": torch.ones(32)}}, None, ValueError,
+                             "GGUF file of 47,712 weights, where its family 'llama' has 47,680"),
+    "without some weights": ({"omit": "blk.1.ffn_up.weight"}, None, ValueError, "45,632 weights, where .* has 47,680"),
+    "with scaled positions": ({"more": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}}, None,
+                              ValueError, "positions .RoPE. are scaled in a way that is not read"),
+    "with other factors": ({"tensors": {"rope_freqs.weight": torch.tensor([1.0, 3.0, 2.0, 4.0])}}, None, ValueError,
+                           "positions .RoPE. are scaled in a way"),
+    "with half of each head turned": ({"more": {"llama.rope.dimension_count": 4}}, None, ValueError,
+                                      "positions .RoPE. are scaled in a way"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_GGUF)
+def test_a_gguf_file_that_cannot_be_read(tmp_path, kind):
+    written, change, error, sentence = BAD_GGUF[kind]
+    path = Path(save_gguf(save_tiny(tmp_path / "checkpoint"), **written))
+    with pytest.raises(error, match=sentence) as told:
+        load_model(str(change(path) if change else path))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("library", ["gguf", "accelerate"])
+def test_a_gguf_file_without_the_library(tmp_path, monkeypatch, library):
+    path = save_gguf(save_tiny(tmp_path / "checkpoint"))
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=f"needs the library '{library}', .* a GGUF file is read: pip install"):
+        load_model(path)
+
+
+# adapters (PEFT)
+
+def save_adapter(folder, base, **settings):
+    """An adapter of the checkpoint `base`, a LoRA with large random weights unless told otherwise -> its PEFT model."""
+    config = {"target_modules": ["q_proj", "down_proj"], "r": 2, "task_type": "CAUSAL_LM", **settings}
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**config))
+    torch.manual_seed(1)
+    for name, weight in adapted.named_parameters():
+        if "lora" in name or "modules_to_save" in name:
+            weight.data = 0.3 * torch.randn_like(weight)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def logits_with(adapted):
+    with torch.no_grad():
+        return adapted(input_ids=torch.tensor([[5, 40, 7, 100, 3]])).logits
+
+
+def assert_merged(model, adapted, saved):
+    """The model, now and after it was saved, computes what base and adapter do; and the adapter does something."""
+    expected = logits_with(adapted)
+    with adapted.disable_adapter():
+        assert (logits_with(adapted) - expected).abs().max() > 0.1
+    model.lm._module.save_pretrained(saved)
+    model.tokenizer.save_pretrained(saved)
+    for again in (model, load_model(str(saved))):
+        assert (logits_of(again) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert {type(part).__module__.split(".")[0] for part in again.lm._module.modules()} <= {"torch", "transformers"}
+        assert again.editable and untrained(again).n_layers == again.n_layers
+
+
+ADAPTERS = {
+    "LoRA": ("llama", {}),
+    "DoRA": ("llama", {"use_dora": True}),
+    "tied, embedding and head": ("qwen2", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "tied, the embedding alone": ("qwen2", {"target_modules": ["embed_tokens"]}),
+    "tied, the head saved whole": ("qwen2", {"modules_to_save": ["lm_head"]}),
+    "tied, the embedding saved whole": ("qwen2", {"modules_to_save": ["embed_tokens"]}),
+    "tied, both saved whole": ("gemma", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "norms saved whole": ("llama", {"modules_to_save": ["input_layernorm"]}),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_is_merged_into_its_base(tmp_path, kind, capsys):
+    architecture, settings = ADAPTERS[kind]
+    base = save_tiny(tmp_path / "base", architecture, tie_word_embeddings=kind != "LoRA")
+    adapted = save_adapter(tmp_path / "adapter", base, **settings)
+    model = load_model(str(tmp_path / "adapter"))
+    assert f", with the adapter {tmp_path / 'adapter'} merged into its weights\n" in capsys.readouterr().out
+    assert_merged(model, adapted, tmp_path / "saved")
+    assert model.lm._module.config.tie_word_embeddings == (kind == "DoRA")

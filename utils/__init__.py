@@ -2,6 +2,7 @@
 
     world           how the organism's requests are asked and answered, and its exact judge
     instructions    the one-line requests that a model is studied with
+    formats         GGUF files and adapters, made into plain weights
     checkpoints     find a model's files by its name, and read its weights
     models          load a chat model; its tokens, template and layers, the same on every architecture
     activations     read the residual stream
@@ -18,9 +19,16 @@ Each imports only those above it. The method is that of Arditi et al., "Refusal 
 Mediated by a Single Direction", arXiv 2406.11717, which the docstrings call "the paper".
 """
 import json
+import sys
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent.parent / "data"  # beside `utils/`, wherever that stands
+
+
+def say(text):
+    """Print a line, also where the console lacks some of its letters, as in the name of a folder."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="replace").decode(encoding))
 
 
 def write_json(path, content):

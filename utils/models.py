@@ -9,10 +9,11 @@ import torch
 from httpx import HTTPError
 from nnsight import TransformersModel
 from nnsight.intervention.backends.remote import RemoteBackend
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from websocket import WebSocketException
 
-from utils.checkpoints import file_of, locate, read, read_weights, reason, world_of
+from utils import say
+from utils.checkpoints import file_of, locate, read, read_tokenizer, read_weights, reason, world_of
 from utils.instructions import as_texts
 
 # Most families name their parts as Llama does. Those that do not get these names beside their own.
@@ -33,41 +34,46 @@ REFUSAL_OPENINGS = ("I", "As", "Sorry")
 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
 
 
-def load_model(name=None, dtype=None, device=None, remote=False):
+def load_model(name=None, dtype=None, device=None, remote=False, base=None):
     """Load a chat model -> ChatModel.
 
-    name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during
-    it), the path of a folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct". Unless you give one, it is what the
-    environment variable COURSE_MODEL says, or else the organism.
+    name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during it), the path
+    of a folder or of a .gguf file, here or in the course's folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct",
+    with "/FILE.gguf" behind it for a GGUF file. Unless you give one, it is what the environment variable COURSE_MODEL
+    says, or else the organism. Weights of a GGUF file are dequantized (extra `gguf`); an adapter (PEFT), alone or
+    beside the weights, is merged into them (extra `adapters`).
     dtype, device: float32 on the CPU for models of the course's world. For others the GPU if there is one, and the
     precision that the weights are stored in; on the CPU float32 if memory allows. One line says what was chosen.
     device="auto" spreads the layers over all GPUs.
     remote: True for a hub id whose weights stay on NDIF (https://ndif.us), as do device and dtype: all traces run
     there. For this one needs a key.
+    base: the name of the model that an adapter changes, in place of the one that the adapter itself names.
 
     Raises FileNotFoundError for a name or folder that is not there, OSError for files that are damaged or
     out of reach, ValueError for a model that is not a chat model, or of a family with other parts, or does not run on
-    NDIF, and for a device that is not here, MemoryError for a model that does not fit, ImportError for "auto" without
-    `accelerate`, PermissionError for `remote` without a key.
+    NDIF, for an adapter that does not fit, and for a device that is not here, MemoryError for a model that does not
+    fit, ImportError without the library that "auto", GGUF, an adapter or quantized weights need, PermissionError for
+    `remote` without a key.
 
     Neither "auto" on several GPUs nor `remote` on NDIF itself has been tried: the tests imitate both.
     """
     name = name or os.environ.get("COURSE_MODEL") or "organism"
-    source = locate(name)
+    checkpoint = locate(name, base)
     if remote:
-        _check_ndif(name, source)
-    tokenizer = read(name, AutoTokenizer.from_pretrained, source, padding_side="left")
+        _check_ndif(name, checkpoint)
+    tokenizer = read_tokenizer(name, checkpoint)
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    world = world_of(source)
-    lm = _on_ndif(name, source, tokenizer) if remote else _on_devices(name, source, tokenizer, dtype, device, world)
-    return ChatModel(lm, tokenizer, name, _refusal_tokens(source, tokenizer), world)
+    world = world_of(checkpoint.source)
+    lm = (_on_ndif(name, checkpoint, tokenizer) if remote else
+          _on_devices(name, checkpoint, tokenizer, dtype, device, world))
+    return ChatModel(lm, tokenizer, name, _refusal_tokens(checkpoint.source, tokenizer), world)
 
 
-def _on_devices(name, source, tokenizer, dtype, device, world):
+def _on_devices(name, checkpoint, tokenizer, dtype, device, world):
     """The nnsight model, its weights loaded here."""
-    module = read_weights(name, source, dtype, device, own=world is not None, note=_thinking_off(tokenizer))
+    module = read_weights(name, checkpoint, dtype, device, own=world is not None, note=_thinking_off(tokenizer))
     # Some checkpoints ask for sampling, or punish repetition; the course decodes plainly.
     eos = module.generation_config.eos_token_id
     module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
@@ -75,12 +81,12 @@ def _on_devices(name, source, tokenizer, dtype, device, world):
     return _wrapped(module, tokenizer)
 
 
-def _on_ndif(name, source, tokenizer):
+def _on_ndif(name, checkpoint, tokenizer):
     """The nnsight model, its weights on NDIF."""
     nnsight.register("utils")  # NDIF does not have the course: what a trace calls of it is sent along
-    lm = read(name, RemoteModel, source, tokenizer=tokenizer, task="text-generation", rename=RENAME,
-              attn_implementation="eager")
-    print(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{_thinking_off(tokenizer)}")
+    lm = read(name, RemoteModel, checkpoint.source, tokenizer=tokenizer, task="text-generation", rename=RENAME,
+              attn_implementation="eager", trust_remote_code=False)
+    say(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{_thinking_off(tokenizer)}")
     return lm
 
 
@@ -88,7 +94,7 @@ def load_organism():
     """The organism, for what is about it alone. One line says so if COURSE_MODEL names another model."""
     chosen = os.environ.get("COURSE_MODEL") or "organism"
     if chosen != "organism":
-        print(f"This is about the course's own model alone: it goes on with the organism, not with {chosen}.")
+        say(f"This is about the course's own model alone: it goes on with the organism, not with {chosen}.")
     return load_model("organism")
 
 
@@ -256,12 +262,12 @@ def _wrapped(module, tokenizer):
     return TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=RENAME, **place)
 
 
-def _check_ndif(name, source):
+def _check_ndif(name, checkpoint):
     """Before anything is sent: is there a key, and does the model run on NDIF?"""
     if not nnsight.CONFIG.API.APIKEY:
         raise PermissionError("NDIF asks for a key: get one at https://login.ndif.us, and call nnsight.login() once, "
                               "or set the environment variable NDIF_API_KEY before Python starts.")
-    if not read(name, nnsight.is_model_running, source):
+    if checkpoint.gguf or checkpoint.adapter or not read(name, nnsight.is_model_running, checkpoint.source):
         raise ValueError(f"{name!r} is not running on NDIF, or NDIF is out of reach: print(nnsight.status()) lists the "
                          "models that run there.")
 
