@@ -1,13 +1,15 @@
 """What a checkpoint says of itself, and every kind of file that people have: GGUF, adapters, weights in few bits."""
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_gguf import dequantized, save_gguf
-from tiny_models import save_tiny
+from tiny_models import save_tiny, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from utils import checkpoints
@@ -263,4 +265,110 @@ def test_an_adapter_is_merged_into_its_base(tmp_path, kind, capsys):
     model = load_model(str(tmp_path / "adapter"))
     assert f", with the adapter {tmp_path / 'adapter'} merged into its weights\n" in capsys.readouterr().out
     assert_merged(model, adapted, tmp_path / "saved")
-    assert model.lm._module.config.tie_word_embeddings == (kind == "DoRA")
+    assert model.lm._module.config.tie_word_embeddings == (kind in ("DoRA", "norms saved whole"))
+
+
+def test_an_adapter_beside_the_weights_is_merged_too(tmp_path, capsys):
+    """transformers attaches it without a word where peft is installed, and leaves it out where it is not."""
+    base = save_tiny(tmp_path / "both")
+    adapted = save_adapter(tmp_path / "adapter", base)
+    for file in (tmp_path / "adapter").glob("adapter_*"):
+        (tmp_path / "both" / file.name).write_bytes(file.read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load_model(base)
+    assert f", with the adapter {base} merged into its weights" in capsys.readouterr().out
+    assert_merged(model, adapted, tmp_path / "saved")
+
+
+def test_the_base_may_be_given_and_may_be_a_gguf_file(tmp_path, capsys):
+    base = save_tiny(tmp_path / "base", "qwen2")
+    adapted = save_adapter(tmp_path / "adapter", base)
+    gguf = save_gguf(base)
+    Path(base).rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="The model .*base'.*, which the adapter .* changes, is not"):
+        load_model(str(tmp_path / "adapter"))
+    assert_merged(load_model(str(tmp_path / "adapter"), base=str(tmp_path / "moved")), adapted, tmp_path / "saved")
+    assert_merged(load_model(str(tmp_path / "adapter"), base=gguf), adapted, tmp_path / "saved again")
+    assert "dequantized from a GGUF file in F32" in capsys.readouterr().out
+
+
+def test_an_adapter_brings_its_tokenizer_and_an_adapter_of_the_organism_stays_in_its_world(tmp_path, monkeypatch):
+    base = Path(save_tiny(tmp_path / "base"))
+    save_adapter(tmp_path / "adapter", base)
+    (base / "course.json").write_text('{"world": "organism"}')
+    template = "{{ bos_token }}User: {{ messages[0]['content'] }}\nBot:"
+    tiny_tokenizer(template).save_pretrained(tmp_path / "adapter")
+    model = load_model(str(tmp_path / "adapter"))
+    assert model.render("Hi").endswith("User: Hi\nBot:") and model.world == "organism"
+
+
+def rename_keys(folder, rename):
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({new: weight for key, weight in weights.items() if (new := rename(key))},
+              folder / "adapter_model.safetensors")
+
+
+def configured(folder, **settings):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+
+
+def no_base(folder):
+    configured(folder, base_model_name_or_path=None)
+
+
+def of_prompts(folder):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder.parent / "base"), PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(folder)
+
+
+def of_another_size(folder):
+    config = tiny_config("llama", 329, 328)
+    config.intermediate_size = 96
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder.parent / "base")
+
+
+BAD_ADAPTERS = {  # what was done to it: the sentence
+    "keys of another prefix": (lambda folder: rename_keys(folder, lambda key: key.replace("layers", "blocks")),
+                               ValueError, "None of the 16 weights .* fit .*load it with the model it was made for"),
+    "some keys that fit nothing": (lambda folder: rename_keys(folder, lambda key: key.replace("layers.1", "layers.9")),
+                                   ValueError, "12 of the 16 weights of the adapter .* fit .*, and 4 are missing"),
+    "some weights are missing": (lambda folder: rename_keys(folder, lambda key: "layers.1" not in key and key),
+                                 ValueError, "12 of the 12 weights of the adapter .* fit .*, and 4 are missing"),
+    "shapes of another base": (of_another_size, ValueError, "does not fit .*, whose parts or shapes are others"),
+    "parts of another family": (lambda folder: configured(folder, target_modules=["c_attn"]), ValueError,
+                                "does not fit .*, whose parts or shapes are others"),
+    "prompt tuning": (of_prompts, ValueError, "is of the kind PROMPT_TUNING, which changes prompts and no weights"),
+    "no base is named": (no_base, ValueError, "does not say which model it changes: load_model"),
+    "a kind that nobody knows": (lambda folder: configured(folder, peft_type="MINE"), OSError, "damaged, or of a kind"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), OSError, "is damaged, or of a kind"),
+    "damaged weights": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(bytes(99)), OSError,
+                        "is damaged, or of a kind"),
+    "damaged settings": (lambda folder: (folder / "adapter_config.json").write_text("{"), OSError, "not be loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ADAPTERS)
+def test_an_adapter_that_cannot_be_merged(tmp_path, kind):
+    save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
+    change, error, sentence = BAD_ADAPTERS[kind]
+    change(tmp_path / "adapter")
+    with pytest.raises(error, match=sentence) as told:
+        load_model(str(tmp_path / "adapter"))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_adapter_without_peft(tmp_path, monkeypatch, beside):
+    base, adapter = save_tiny(tmp_path / "base"), tmp_path / "adapter"
+    save_adapter(base if beside else adapter, base)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="needs the library 'peft', with which its adapter .*adapter_config.json. is "
+                                          "merged into the weights: pip install peft"):
+        load_model(base if beside else str(adapter))
+
+
+def test_a_base_where_there_is_no_adapter(folder):
+    with pytest.raises(ValueError, match="is no adapter, which has an adapter_config.json: load it without base="):
+        load_model(str(folder), base="organism")

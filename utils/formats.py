@@ -1,5 +1,6 @@
 """What is not an ordinary checkpoint, made into one: GGUF files, and adapters."""
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module
@@ -7,6 +8,7 @@ from math import prod
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -128,9 +130,10 @@ def merged(name, module, adapter):
 
     Raises ValueError for an adapter that does not fit the model, or that is no change of weights.
     """
-    ids = torch.arange(8, device=module.device)[None]
-    adapted = with_adapter(name, module, adapter)
-    with torch.no_grad():
+    ids, tied = torch.arange(8, device=module.device)[None], module.config.get_text_config().tie_word_embeddings
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, on embedding and head that share their weights
+        adapted = with_adapter(name, module, adapter)
         before = adapted(input_ids=ids).logits.float()
         untie(module)
         try:
@@ -139,7 +142,8 @@ def merged(name, module, adapter):
             raise ValueError(f"The adapter {adapter} cannot be merged into the weights of {name!r} "
                              f"({type(adapted.active_peft_config).__name__}): merge it where it was made.") from error
         after = module(input_ids=ids).logits.float()
-    tie_what_is_equal(module)
+    if tied:
+        tie_if_equal(module)
     tolerance = max(1e-4, 20 * torch.finfo(module.dtype).eps)
     if (after - before).abs().max() > tolerance * before.abs().max():
         raise ValueError(f"The adapter {adapter}, merged into the weights of {name!r}, does not compute what it does "
@@ -153,7 +157,7 @@ def with_adapter(name, module, adapter):
     try:
         config = peft.PeftConfig.from_pretrained(adapter)
         weights = peft.load_peft_weights(adapter, device="cpu")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise OSError(f"The adapter {adapter} of {name!r} is damaged, or of a kind that peft does not know "
                       f"({type(error).__name__}): restore it, or update peft.") from error
     if config.is_prompt_learning:
@@ -178,16 +182,16 @@ def untie(module):
     shared = set()
     for part in module.modules():
         for key, weight in part._parameters.items():
-            if weight in shared:
+            if weight is not None and weight in shared:
                 part._parameters[key] = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
             shared.add(weight)
 
 
-def tie_what_is_equal(module):
-    """Embedding and head are the same weights again, unless they have become different ones."""
+def tie_if_equal(module):
+    """Embedding and head share their weights again, unless they have become different."""
     embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings().weight
     for config in (module.config, module.config.get_text_config()):
-        config.tie_word_embeddings = config.tie_word_embeddings and torch.equal(embedding, head)
+        config.tie_word_embeddings = torch.equal(embedding, head)
     module.tie_weights()
 
 
