@@ -1,4 +1,5 @@
 """What a checkpoint says of itself, and every kind of file that people have: GGUF, adapters, weights in few bits."""
+import io
 import json
 import sys
 import warnings
@@ -372,3 +373,123 @@ def test_an_adapter_without_peft(tmp_path, monkeypatch, beside):
 def test_a_base_where_there_is_no_adapter(folder):
     with pytest.raises(ValueError, match="is no adapter, which has an adapter_config.json: load it without base="):
         load_model(str(folder), base="organism")
+
+
+# few bits
+
+METHODS = {
+    "bitsandbytes": ({"load_in_8bit": True}, "bitsandbytes"), "gptq": ({"bits": 4}, "optimum"),
+    "awq": ({"bits": 4, "group_size": 32}, "gptqmodel"), "hqq": ({"quant_config": {}}, "HQQ"),
+    "compressed-tensors": ({"format": "int-quantized", "config_groups": {}}, "compressed-tensors"),
+}
+
+
+def with_config(folder, **settings):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quantized_weights_without_their_library(folder, method):
+    settings, library = METHODS[method]
+    with_config(folder, quantization_config={"quant_method": method, **settings})
+    with pytest.raises(ImportError, match=f"cannot be read here .*{library}.*: install what it asks for, or choose"):
+        load_model(str(folder))
+
+
+def test_weights_in_8_bit_floats_are_those_that_their_scales_say(folder, capsys):
+    weights = load_file(folder / "model.safetensors")
+    expected = dict(weights)
+    for key in [key for key in weights if "proj" in key]:
+        scale = weights[key].abs().max() / 448  # the largest of these floats
+        weights[key] = (weights[key] / scale).to(torch.float8_e4m3fn)
+        expected[key] = weights[key].float() * scale
+        weights[f"{key}_scale_inv"] = torch.full([-(-n // 32) for n in expected[key].shape], scale)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with_config(folder, quantization_config={
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]})
+    model = load_model(str(folder), device="cpu")
+    assert capsys.readouterr().out.endswith("on cpu, stored in fp8\n")
+    for key, weight in model.lm._module.named_parameters():
+        torch.testing.assert_close(weight, expected[key], msg=key)
+
+
+def test_a_quantization_that_transformers_does_not_know(folder):
+    weights = {f"{key}.q_weight" if "proj" in key else key: weight
+               for key, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with_config(folder, quantization_config={"quant_method": "exl2"})
+    with pytest.raises(ValueError, match="is stored in a quantization .exl2. that transformers does not read: choose"):
+        load_model(str(folder))
+
+
+# code that a checkpoint brings
+
+MINE = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+CODE = {  # what brings it
+    "a family of its own": lambda folder: with_config(folder, model_type="mine", auto_map=MINE),
+    "a family that transformers has": lambda folder: with_config(folder, auto_map=MINE),
+    "the tokenizer": lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps({
+        "auto_map": {"AutoTokenizer": ["mine.Tokenizer", None]}, "tokenizer_class": "Tokenizer"})),
+    "generation": lambda folder: (folder / "custom_generate").mkdir() or (folder / "mine.py").rename(
+        folder / "custom_generate/generate.py"),
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_no_code_of_a_checkpoint_is_run_and_nobody_is_asked(folder, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    CODE[kind](folder)
+    if kind in ("a family of its own", "the tokenizer"):
+        with pytest.raises(ValueError, match="brings code of its own, and the course runs none of it: choose"):
+            load_model(str(folder))
+    else:  # transformers' own code does as well
+        assert generate(load_model(str(folder)), ["bake a cake"], max_new_tokens=2)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "smolvlm", "t5"])
+def test_a_type_that_is_no_text_model(folder, kind):
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=f"is of the type {kind}, which is no text model that the course can load"):
+        load_model(str(folder))
+
+
+# names
+
+def test_a_folder_of_the_course_is_found_from_the_lessons(folder, tmp_path, monkeypatch):
+    (tmp_path / "lessons").mkdir()
+    (tmp_path / "mymodels").mkdir()
+    folder.rename(tmp_path / "mymodels/tiny")
+    monkeypatch.setattr(checkpoints, "COURSE", tmp_path)
+    monkeypatch.chdir(tmp_path / "lessons")
+    monkeypatch.setenv("COURSE_MODEL", "mymodels/tiny")
+    assert load_model().n_layers == 4
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"check the spelling \(no folder of this name is in .*lessons, nor in "):
+        load_model("mymodels/other")
+
+
+def test_a_gguf_file_of_a_hub(tmp_path, monkeypatch):
+    path = Path(save_gguf(save_tiny(tmp_path / "checkpoint")))
+    snapshot = tmp_path / "hub/models--somebody--chat-GGUF/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "chat-F32.gguf").write_bytes(path.read_bytes())
+    (tmp_path / "hub/models--somebody--chat-GGUF/refs").mkdir()
+    (tmp_path / "hub/models--somebody--chat-GGUF/refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_same(load_model("somebody/chat-GGUF/chat-F32.gguf"), load_model(str(path)), 1e-6)
+    with pytest.raises(OSError, match="'somebody/chat-GGUF/other.gguf' could not be loaded"):
+        load_model("somebody/chat-GGUF/other.gguf")
+
+
+def test_a_name_that_the_console_cannot_print(folder, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    other = folder.rename(folder.with_name("модель"))
+    assert load_model(str(other)).n_layers == 4
+    console.flush()
+    assert b"??????: 0.0477 million weights" in console.buffer.getvalue()

@@ -65,8 +65,9 @@ def locate(name, base=None):
     here = path is None or path.exists()
     whole, adapter = (file or file_of(source, CONFIG_NAME), file_of(source, ADAPTER)) if here else (None, None)
     if path and not whole and not adapter:
-        raise FileNotFoundError(f"There is no model {name!r} ({path}): choose {', '.join(course_names())}, a folder, "
-                                "a .gguf file, or a hub id (owner/name); `make model` builds the course's own.")
+        raise FileNotFoundError(f"There is no model {name!r} ({path.absolute()}, nor in the course's folder): choose "
+                                f"{', '.join(course_names())}, a folder, a .gguf file, or a hub id (owner/name); "
+                                "`make model` builds the course's own.")
     if base and not adapter:
         raise ValueError(f"{name!r} is no adapter, which has an {ADAPTER}: load it without base=.")
     if adapter and (base or not whole):
@@ -166,8 +167,11 @@ def read_weights(name, checkpoint, dtype, device, own=False, note=""):
     if gguf and gguf.n_weights != n_weights:
         raise ValueError(f"{name!r} is a GGUF file of {gguf.n_weights:,} weights, where its family {gguf.family!r} has "
                          f"{n_weights:,}: transformers does not read it whole. Take the model's own folder or hub id.")
+    quantization = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if gguf:
         note = f", dequantized from a GGUF file in {gguf.quantization}{note}"
+    if quantization:
+        note = f", stored in {quantization}{note}"
     if checkpoint.adapter:
         note = f", with the adapter {checkpoint.adapter} merged into its weights{note}"
     devices = devices_of(device or ("cpu" if own else best_device()))
@@ -185,6 +189,9 @@ def read_weights(name, checkpoint, dtype, device, own=False, note=""):
                               # transformers attaches an adapter beside the weights by itself, unless it looks elsewhere
                               adapter_kwargs={"subfolder": "none"}, output_loading_info=True, trust_remote_code=False,
                               **(gguf_options(gguf) if gguf else {}))
+    if report["missing_keys"] and quantization:
+        raise ValueError(f"{name!r} is stored in a quantization ({quantization}) that transformers does not read: "
+                         "choose the same model in plain weights or in GGUF.")
     if report["missing_keys"]:
         raise OSError(f"The weights of {name!r} lack {min(report['missing_keys'])}: "
                       "restore or download them again.")
@@ -267,12 +274,13 @@ def read(name, load, *sources, **options):
         raise OSError(f"The weights of {name!r} have not the shapes that its config.json says: "
                       "restore or download both again.") from error
     except ImportError as error:
-        raise ImportError(f"{name!r} is read with a library that is not here ({reason(error)}): install it, or choose "
-                          "the same model in another format.") from error
+        raise ImportError(f"{name!r} cannot be read here ({reason(error)}): install what it asks for, or choose the "
+                          "same model in plain weights or in GGUF.") from error
     except (OSError, ValueError) as error:
         if "Unrecognized configuration class" in str(error):
-            raise ValueError(f"{name!r} is of a type that is no text model which the course can load: choose a chat "
-                             "model for text alone.") from error
+            kind = getattr(sources[0], "model_type", reason(error))
+            raise ValueError(f"{name!r} is of the type {kind}, which is no text model that the course can load: choose "
+                             "a chat model for text alone.") from error
         if "GGUF model with architecture" in str(error):
             raise ValueError(f"{name!r} is a GGUF file of a family that transformers does not read from GGUF "
                              f"({reason(error)}): take the model's own folder or hub id.") from error
@@ -282,8 +290,9 @@ def read(name, load, *sources, **options):
         if isinstance(error.__cause__, GatedRepoError):
             raise OSError(f"{name!r} is gated: accept its licence at https://huggingface.co/{name}, then run "
                           "`hf auth login` with a token of that account, and load it again.") from error
-        raise OSError(f"{name!r} could not be loaded ({reason(error)}): check the spelling, that the folder is whole "
-                      "or the hub is in reach, and `hf auth login` if there is a licence to accept.") from error
+        where = "" if path_of(name) else f" (no folder of this name is in {Path.cwd()}, nor in {COURSE})"
+        raise OSError(f"{name!r} could not be loaded ({reason(error)}): check the spelling{where}, that the folder is "
+                      "whole or the hub is in reach, and `hf auth login` if there is a licence to accept.") from error
 
 
 def reason(error):

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 from nnsight.intervention.backends.remote import RemoteError
 
-from utils import write_json
+from utils import say, write_json
 from utils.checkpoints import SMALLER
 from utils.directions import CandidateScores, find_direction, random_directions
 from utils.evaluation import Rate, judge, loss, phrase_judge, refusal_metric
@@ -246,7 +246,7 @@ def main(arguments=None):
     except torch.OutOfMemoryError:
         print(f"The model fits, but what is computed with it does not: {SMALLER}", file=sys.stderr)
         return 1
-    print(HEAD, row(results), sep="\n")
+    say(f"{HEAD}\n{row(results)}")
     return 0
 
 
