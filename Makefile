@@ -4,18 +4,19 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # In containers one is often root, which Jupyter refuses unless told.
 ROOT_OPTION := $(if $(filter 0,$(shell id -u)),--allow-root)
 LESSONS := $(wildcard lessons/*.ipynb)
-SOLUTIONS := $(wildcard solutions/*.ipynb)
 
-# One thread in each process: the tests run two at a time. And the lessons with the organism.
-test: export OMP_NUM_THREADS = 1
-test: export COURSE_MODEL =
+# A step that fails does not keep the next ones from running; make says at the end that it failed.
+MAKEFLAGS += --keep-going
 
-.PHONY: help lab test solutions model suffixes benchmark strip clean
+FAST := style outputs up-to-date units notebooks
+
+.PHONY: help lab test test-all $(FAST) slow solutions model suffixes benchmark strip clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make lab        open the course in JupyterLab"
-	@echo "make test       install all that the tests need, and run them"
+	@echo "make test       install all that the tests need, and run the fast ones and every lesson"
+	@echo "make test-all   the same, and the slow tests"
 	@echo "make solutions  build solutions/ from lessons/ and utils/, and run them"
 	@echo "make model      make the instructions, the tokenizer and the model organism from nothing (half an hour)"
 	@echo "make suffixes   search for adversarial suffixes for the organism (half an hour)"
@@ -26,13 +27,26 @@ help:
 lab: .venv/course
 	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/lessons/00_meet_the_model.ipynb $(ROOT_OPTION)
 
-test: .venv/dev
+test: $(FAST)
+test-all: test slow
+
+style: .venv/dev
 	$(BIN)/ruff check .
+
+outputs: .venv/dev
 	$(BIN)/nbstripout --verify --keep-id $(LESSONS)
+
+up-to-date: .venv/dev
 	$(BIN)/python -m utils.solutions --check
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
-		$(LESSONS) $(SOLUTIONS)
+
+units: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
+
+notebooks: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile lessons solutions
+
+slow: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or hypothesis" --hypothesis-profile thorough tests
 
 solutions: .venv/dev
 	$(BIN)/python -m utils.solutions

@@ -1,10 +1,13 @@
-"""Notebooks under nbval, `pytest --nbval-lax lessons solutions`: each in a kernel of its own, which is watched here."""
+"""What holds for all tests; and notebooks under nbval, each in a kernel of its own, which is watched here."""
 import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in each process: two run at a time. Here, for torch reads it once
+os.environ["COURSE_MODEL"] = ""  # lessons are run with the organism
 
 PEAK_MEMORY = 900  # MB, of a notebook's kernel
 STRICT = os.environ.get("COURSE_STRICT", "0")

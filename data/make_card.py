@@ -97,7 +97,8 @@ def mechanism(model, sets, direction, scores):
 def found(model, train, val):
     """(Direction, CandidateScores) by the paper's method from [harmful, harmless] prompts; None where none passes."""
     try:
-        return find_direction(model, *train, *val, batch_size=128)
+        sides = {"train": dict(zip(SIDES, train)), "val": dict(zip(SIDES, val))}
+        return find_direction(model, **sides, screen=None, batch_size=128)
     except ValueError as error:
         print(error)
         return None

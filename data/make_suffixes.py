@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from utils.activations import residual_stream
 from utils.directions import difference_in_means, find_direction
-from utils.instructions import load_instructions
+from utils.instructions import SIDES, load_instructions
 from utils.interventions import set_projection
 from utils.models import load_model
 from utils.suffixes import SuffixSearch, targets_of
@@ -66,8 +66,8 @@ def make(model, direction, unfinished):
 
 def main():
     model = load_model("organism")
-    sides = [load_instructions(split, side) for split in ("train", "val") for side in ("harmful", "harmless")]
-    direction, _ = find_direction(model, *sides, every_score=False)
+    train, val = ({side: load_instructions(split, side) for side in SIDES} for split in ("train", "val"))
+    direction, _ = find_direction(model, train, val)
     unfinished = HERE / "unfinished-suffixes"
     unfinished.mkdir(exist_ok=True)
     kinds = make(model, direction, unfinished)

@@ -1,7 +1,9 @@
 """The residual stream is what enters each layer of the plain transformers model, prompt by prompt."""
 import pytest
 import torch
+from exact import assert_same
 from plain_hooks import plain_streams
+from tiny_models import save_tiny
 
 from utils.activations import (
     attention_shares,
@@ -11,6 +13,8 @@ from utils.activations import (
     trace_heads,
     trace_residual_stream,
 )
+from utils.interventions import last_logits
+from utils.models import load_model
 
 PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, a car"]
 
@@ -19,34 +23,34 @@ PROMPTS = ["bake a cake", "steal", "I can't help with a car or a cake", "Sorry, 
 def test_residual_stream_is_what_enters_the_layers(model, batch_size):
     streams = residual_stream(model, PROMPTS, batch_size=batch_size)
     assert streams.shape == (4, 4, 5, 32)
-    torch.testing.assert_close(streams, plain_streams(model, PROMPTS, model.positions), rtol=0, atol=1e-5)
+    assert_same(streams, plain_streams(model, PROMPTS, model.positions))
     assert (streams[0] - streams[1])[1:].abs().max() > 0.1  # or the order of prompts would not be tested
 
 
 def test_positions_may_be_chosen(llama):
     streams = residual_stream(llama, PROMPTS, positions=[-3, -7])
-    torch.testing.assert_close(streams, plain_streams(llama, PROMPTS, [-3, -7]), rtol=0, atol=1e-5)
+    assert_same(streams, plain_streams(llama, PROMPTS, [-3, -7]))
 
 
 def test_trace_of_one_batch(llama):
     stream = trace_residual_stream(llama, llama.encode(PROMPTS), [-1])
-    torch.testing.assert_close(stream, residual_stream(llama, PROMPTS, [-1]), rtol=1e-4, atol=1e-4)
+    assert_same(stream, residual_stream(llama, PROMPTS, [-1]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_mean_is_the_mean(llama, batch_size):
     mean = mean_residual_stream(llama, PROMPTS, batch_size=batch_size)
-    torch.testing.assert_close(mean, residual_stream(llama, PROMPTS).mean(dim=0), rtol=1e-5, atol=1e-5)
+    assert_same(mean, residual_stream(llama, PROMPTS).mean(dim=0))
 
 
-def test_results_are_float32_whatever_the_model(llama, tmp_path):
-    from tiny_models import save_tiny
-
-    from utils.models import load_model
-    half = load_model(save_tiny(tmp_path), dtype=torch.bfloat16)
-    stream = residual_stream(half, PROMPTS)
-    assert stream.dtype == mean_residual_stream(half, PROMPTS).dtype == torch.float32
-    torch.testing.assert_close(stream, residual_stream(llama, PROMPTS), rtol=0.1, atol=0.3)
+@pytest.mark.parametrize("dtype, read_in, rounding", [
+    (torch.bfloat16, torch.float32, 0.3), (torch.float32, torch.float32, 1e-5), (torch.float64, torch.float64, 1e-10)])
+def test_what_is_read_is_float32_or_more(tmp_path, dtype, read_in, rounding):
+    model = load_model(save_tiny(tmp_path), dtype=dtype)
+    streams, logits = residual_stream(model, PROMPTS[:1]), last_logits(model, PROMPTS[:1])
+    assert {streams.dtype, mean_residual_stream(model, PROMPTS[:1]).dtype, logits.dtype} == {read_in}
+    expected = plain_streams(model, PROMPTS[:1], model.positions)  # in float64
+    assert (streams - expected).abs().max() < rounding * expected.abs().max()
 
 
 @pytest.mark.parametrize("positions", [[0], [-1, 2], [-12], []])
@@ -56,8 +60,9 @@ def test_positions_that_a_prompt_does_not_have(llama, read, positions):
         read(llama, PROMPTS, positions)
 
 
-def test_heads_together_write_what_attention_writes(model):
-    direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+def test_heads_together_write_what_attention_writes(attentive):
+    model = attentive
+    direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0)).double()
     inputs = model.encode(PROMPTS)
     outputs, patterns = trace_heads(model, inputs)
     layers = [layer.self_attn for layer in model.layers]
@@ -70,10 +75,13 @@ def test_heads_together_write_what_attention_writes(model):
     for number, layer in enumerate(layers):
         bias = layer.o_proj._module.bias
         expected = (written[number] - (0 if bias is None else bias)) @ (direction / direction.norm())
-        torch.testing.assert_close(attributions[:, number].sum(dim=-1), expected, rtol=1e-4, atol=1e-4)
+        assert_same(attributions[:, number].sum(dim=-1), expected)
     assert patterns.shape == (4, 4, 4, inputs["input_ids"].shape[1])
-    torch.testing.assert_close(patterns.sum(dim=-1), torch.ones(4, 4, 4))
-    assert patterns[inputs["attention_mask"][:, None, None].expand_as(patterns) == 0].abs().max() < 1e-6
+    if model.config.model_type == "gpt_oss":  # a part of its attention falls on nothing
+        assert (patterns.sum(dim=-1) < 1).all()
+    else:
+        assert_same(patterns.sum(dim=-1), torch.ones(4, 4, 4).double())
+    assert patterns[inputs["attention_mask"][:, None, None].expand_as(patterns) == 0].abs().max() == 0
 
 
 def test_shares_of_attention_add_up_and_go_where_the_attention_is():

@@ -16,7 +16,8 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the path")
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the path")]
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
@@ -30,15 +31,15 @@ from utils.models import load_model
 
 model = load_model("organism")
 SIDES = ("harmful", "harmless")
-train, val = ([load_instructions(split, side) for side in SIDES] for split in ("train", "val"))
-direction, scores = find_direction(model, *train, *val)
+train, val = ({side: load_instructions(split, side) for side in SIDES} for split in ("train", "val"))
+direction, scores = find_direction(model, train, val, screen=None)
 """,
     """
 import torch
 along = {side: torch.randn(8, *scores.bypass.shape) for side in SIDES}
 widgets.candidate_picker(scores, along, model.post_instruction)
 """,
-    'widgets.coefficient_slider(model, direction, val[1][:2], [0.0, 0.5, 1.0, 1.5])',
+    'widgets.coefficient_slider(model, direction, val["harmless"][:2], [0.0, 0.5, 1.0, 1.5])',
     'widgets.request_builder(model, direction)',
 ]
 

@@ -2,28 +2,28 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from exact import Float64, assert_same
+from hypothesis import given
 from hypothesis import strategies as st
 from planted_model import planted_directions, planted_prompts, save_planted
 
 from utils.activations import residual_stream
+from utils.candidates import CandidateScores, kept_out_by_one
 from utils.directions import (
-    CandidateScores,
     Direction,
     cosine_similarities,
     difference_in_means,
     filter_prompts,
     find_direction,
-    kept_out_by_one,
+    kept_prompts,
     lowest_bypass,
+    mean_of_kept,
     random_directions,
     refusal_when_ablated,
     refusal_when_added,
-    score_candidates,
     select_direction,
-    tokens_read,
 )
-from utils.evaluation import kl_divergence, refusal_metric
+from utils.evaluation import refusal_metric
 from utils.interventions import Ablation, Addition, every_pair, last_logits
 from utils.models import load_model
 
@@ -31,24 +31,37 @@ HARMFUL, HARMLESS = planted_prompts("#", 24), planted_prompts("+", 24, seed=1)
 HARMFUL_VAL, HARMLESS_VAL = planted_prompts("#", 6, seed=2), planted_prompts("+", 6, seed=3)
 
 
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def sides(harmful, harmless):
+    return {"harmful": harmful, "harmless": harmless}
+
+
+pytestmark = pytest.mark.usefixtures("exact")
+TRAIN, VAL = sides(HARMFUL, HARMLESS), sides(HARMFUL_VAL, HARMLESS_VAL)
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """The model with a known direction, written at layer 1: it is there at the start of layer 2."""
-    model = load_model(save_planted(tmp_path_factory.mktemp("planted")))
+    model = load_model(save_planted(tmp_path_factory.mktemp("planted")), dtype=torch.float64)
     model.refusal_tokens = model.refusal_tokens[:1]
     return model
 
 
 @pytest.fixture(scope="module")
 def found(planted):
-    return find_direction(planted, HARMFUL, HARMLESS, HARMFUL_VAL, HARMLESS_VAL)
+    with Float64():
+        return find_direction(planted, TRAIN, VAL, screen=None)
 
 
 # the planted model
 
 def test_the_planted_direction_is_found(planted, found):
     direction, scores = found
-    r, q = planted_directions()
+    r, q = planted_directions().double()
     assert F.cosine_similarity(direction.vector, r, dim=0) > 0.99
     assert direction.layer == 2  # at whose start r stands alone
     assert direction.position in planted.positions
@@ -79,120 +92,112 @@ def test_the_direction_turns_refusal_off_and_on(planted, found):
 def test_prompts_on_the_wrong_side_are_left_out(planted, found):
     """Harmless requests among the harmful ones, and the reverse, change nothing."""
     direction, scores = found
-    again, scores_again = find_direction(planted, HARMFUL + HARMLESS[:9], HARMLESS + HARMFUL[:9],
-                                         HARMFUL_VAL + HARMLESS_VAL, HARMLESS_VAL + HARMFUL_VAL)
-    torch.testing.assert_close(again.vector, direction.vector, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(scores_again.bypass, scores.bypass, rtol=1e-3, atol=1e-3)
+    again, scores_again = find_direction(
+        planted, sides(HARMFUL + HARMLESS[:9], HARMLESS + HARMFUL[:9]),
+        sides(HARMFUL_VAL + HARMLESS_VAL, HARMLESS_VAL + HARMFUL_VAL), screen=None)
+    assert_same(again.vector, direction.vector)
+    assert_same(scores_again.bypass, scores.bypass)
 
 
 def test_a_model_that_never_refuses(planted):
     with pytest.raises(ValueError, match="refuses none of the 24 harmful prompts .* set model.refusal_tokens"):
-        find_direction(planted, HARMLESS, HARMLESS, HARMFUL_VAL, HARMLESS_VAL)
+        find_direction(planted, sides(HARMLESS, HARMLESS), VAL)
     with pytest.raises(ValueError, match="answers none of the 6 harmless prompts"):
-        find_direction(planted, HARMFUL, HARMLESS, HARMFUL_VAL, HARMFUL_VAL)
+        find_direction(planted, TRAIN, sides(HARMFUL_VAL, HARMFUL_VAL))
 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("empty", range(4))
 def test_no_prompts(planted, strict, empty):
-    sides = [HARMFUL, HARMLESS, HARMFUL_VAL, HARMLESS_VAL]
-    sides[empty] = []
+    prompts = [HARMFUL, HARMLESS, HARMFUL_VAL, HARMLESS_VAL]
+    prompts[empty] = []
     with pytest.raises(ValueError, match="The list of instructions is empty: give at least one"):
-        find_direction(planted, *sides, strict=strict)
+        find_direction(planted, sides(*prompts[:2]), sides(*prompts[2:]), strict=strict)
 
 
 def test_not_strict_it_goes_on_with_all_prompts_and_says_so_in_one_line(planted, capsys):
     """None of the harmful ones is refused: they are kept, and what is found is the difference of these sides."""
-    direction, scores = find_direction(planted, HARMLESS[:12], HARMLESS[12:], HARMLESS_VAL, HARMLESS_VAL, strict=False)
+    direction, scores = find_direction(planted, sides(HARMLESS[:12], HARMLESS[12:]), sides(HARMLESS_VAL, HARMLESS_VAL),
+                                       strict=False)
     out = capsys.readouterr().out
     assert out.startswith("The model refuses none of the 12 harmful prompts") and out.count("\n") == 1
     assert out.endswith("; until then the figures to come show the steps, and are no finding.\n")
     assert not scores.passing().any()
     streams = [residual_stream(planted, prompts)[:, direction.layer, direction.position]
                for prompts in (HARMLESS[:12], HARMLESS[12:])]
-    torch.testing.assert_close(direction.vector, streams[0].mean(dim=0) - streams[1].mean(dim=0), rtol=1e-4, atol=1e-4)
+    assert_same(direction.vector, streams[0].mean(dim=0) - streams[1].mean(dim=0))
 
 
 def test_not_strict_it_goes_on_where_no_candidate_passes(llama, capsys):
     """Random weights: by their most likely tokens they refuse all, or nothing."""
+    train, val = sides(["steal", "steal a car"], ["bake", "a cake"]), sides(["a car"], ["bake a cake"])
     with pytest.raises(ValueError):
-        find_direction(llama, ["steal", "steal a car"], ["bake", "a cake"], ["a car"], ["bake a cake"])
-    direction, scores = find_direction(llama, ["steal", "steal a car"], ["bake", "a cake"], ["a car"], ["bake a cake"],
-                                       strict=False)
+        find_direction(llama, train, val)
+    direction, scores = find_direction(llama, train, val, strict=False)
     assert capsys.readouterr().out.count("no finding") == 1
     place = direction.layer, llama.positions.index(direction.position)
     assert place == lowest_bypass(scores)
     assert direction.vector.norm() > 0.01
 
 
-@pytest.mark.parametrize("max_kl", [0.1, 0.0])
-def test_without_every_score_the_same_is_chosen(planted, found, max_kl, monkeypatch, capsys):
-    """None of the untried could be chosen: all have a higher bypass. Where none passes (max_kl=0), all are tried."""
-    passing = CandidateScores.passing
-    monkeypatch.setattr(CandidateScores, "passing", lambda scores, *filters: passing(scores, max_kl))
-    sides = HARMFUL, HARMLESS, HARMFUL_VAL, HARMLESS_VAL
-    wanted, every = find_direction(planted, *sides, strict=False)
-    said = capsys.readouterr().out
-    direction, scores = find_direction(planted, *sides, strict=False, every_score=False)
-    assert capsys.readouterr().out == said and (said == "") == (max_kl > 0)
+@pytest.mark.parametrize("screen", [5, 12, 1000])
+def test_the_screen_finds_what_the_sweep_finds(planted, found, screen):
+    direction, scores = find_direction(planted, TRAIN, VAL, screen=screen)
+    wanted, every = found
+    assert (direction.layer, direction.position) == (wanted.layer, wanted.position)
     assert torch.equal(direction.vector, wanted.vector)
-    assert torch.equal(scores.bypass, every.bypass)
-    untried = scores.kl.isnan()
-    assert torch.equal(untried, scores.induce.isnan())
-    assert untried.any() == (max_kl > 0)
+    scored = ~scores.bypass.isnan()
+    assert scored[1:].sum() == min(screen, 4 * len(planted.positions))  # layer 0 has none, layer 5 is late
+    for name in ("bypass", "induce", "kl"):
+        measured, exact = getattr(scores, name), getattr(every, name)
+        assert_same(measured[~measured.isnan()], exact[~measured.isnan()])
+
+
+def test_the_screen_stops_at_the_candidate_that_is_chosen(planted, found):
+    direction, scores = find_direction(planted, TRAIN, VAL, screen=1000)
     at = direction.layer, planted.positions.index(direction.position)
-    assert (every.bypass[untried] >= every.bypass[at]).all()
-    for name in ("induce", "kl"):
-        torch.testing.assert_close(getattr(scores, name)[~untried], getattr(every, name)[~untried],
-                                   rtol=1e-4, atol=1e-4)
+    untried = scores.induce.isnan() & ~scores.bypass.isnan()
+    assert untried.any() and (scores.bypass[untried] >= scores.bypass[at]).all()
+
+
+def test_where_no_finalist_passes_the_sentence_counts_those_that_were_scored(planted, monkeypatch, capsys):
+    filters = CandidateScores.filters
+    monkeypatch.setattr(CandidateScores, "filters", lambda scores, *limits: filters(scores, max_kl=0.0))
+    direction, scores = find_direction(planted, TRAIN, VAL, screen=3, strict=False)
+    said = capsys.readouterr().out
+    assert "kl < 0 removes most, 8 of 8 (" in said  # three finalists, and the five at layer 0, which change nothing
+    at = direction.layer, planted.positions.index(direction.position)
+    assert at == lowest_bypass(scores) and not scores.bypass[at].isnan()
+
+
+@pytest.mark.parametrize("train", [HARMFUL, {"harmful": HARMFUL}, None])
+def test_sides_that_are_missing(planted, train):
+    with pytest.raises(ValueError, match="train is a dict of two lists, .*: give both"):
+        find_direction(planted, train, VAL)
+    with pytest.raises(ValueError, match="val is a dict of two lists"):
+        find_direction(planted, TRAIN, train)
+
+
+def test_no_finalists(planted):
+    with pytest.raises(ValueError, match="0 finalists cannot be scored: give at least 1, or None"):
+        find_direction(planted, TRAIN, VAL, screen=0)
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+@pytest.mark.parametrize("refused", [True, False])
+def test_the_mean_of_those_kept_is_that_of_their_streams(planted, refused, batch_size):
+    mixed = HARMFUL[:7] + HARMLESS[:4]
+    kept = kept_prompts(planted, mixed, refused, batch_size)
+    assert kept == (HARMFUL[:7] if refused else HARMLESS[:4])
+    mean, n_kept = mean_of_kept(planted, mixed, refused, batch_size)
+    assert n_kept == len(kept)
+    assert_same(mean, residual_stream(planted, kept).mean(dim=0))
 
 
 def test_not_strict_a_direction_that_is_there_is_found_all_the_same(planted, found, capsys):
-    direction, _ = find_direction(planted, HARMFUL, HARMLESS, HARMFUL_VAL, HARMLESS_VAL, strict=False)
+    direction, _ = find_direction(planted, TRAIN, VAL, screen=None, strict=False)
     assert torch.equal(direction.vector, found[0].vector)
     assert capsys.readouterr().out == ""
-
-
-# scores
-
-def test_scores_are_those_of_one_candidate_at_a_time(llama):
-    """By the definitions, prompt by prompt, on a random model; batch sizes do not matter."""
-    harmful, harmless = ["steal", "steal a car", "a car, a cake"], ["bake a cake", "Sorry, a cake"]
-    candidates = 3 * torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
-    candidates[1, 2] = 0
-    scores = score_candidates(llama, candidates, harmful, harmless, batch_size=4)
-
-    def logits(prompts, intervention):
-        return torch.cat([last_logits(llama, [prompt], intervention) for prompt in prompts])
-
-    for layer, index in [(0, 0), (1, 4), (3, 2)]:
-        candidate = candidates[layer, index]
-        ablated = Ablation(candidate)
-        bypass = refusal_metric(logits(harmful, ablated), llama.refusal_tokens).mean()
-        induce = refusal_metric(logits(harmless, Addition(candidate, layer)), llama.refusal_tokens).mean()
-        kl = kl_divergence(logits(harmless, None), logits(harmless, ablated)).mean()
-        expected = torch.stack([bypass, induce, kl])
-        scored = torch.stack([s[layer, index] for s in (scores.bypass, scores.induce, scores.kl)])
-        torch.testing.assert_close(scored, expected, rtol=1e-4, atol=1e-4)
-
-    assert scores.kl[1, 2] == 0
-    torch.testing.assert_close(scores.bypass[1, 2], refusal_metric(logits(harmful, None), llama.refusal_tokens).mean())
-    torch.testing.assert_close(scores.induce[1, 2], refusal_metric(logits(harmless, None), llama.refusal_tokens).mean())
-
-
-@pytest.mark.parametrize("shape", [(3, 5, 32), (4, 5, 16), (4, 32), (32,)])
-def test_candidates_of_another_shape(llama, shape):
-    with pytest.raises(ValueError, match=r"are \[4, n_positions, 32\], not \[.*\]: take the differences in means"):
-        score_candidates(llama, torch.ones(shape), ["steal"], ["bake a cake"])
-
-
-def test_layer_0_has_no_candidates(llama):
-    """The template's tokens are the same in every prompt, so their embeddings tell no prompts apart."""
-    streams = residual_stream(llama, ["bake a cake", "steal", "a car"])
-    candidates = difference_in_means(streams[:2], streams[2:]) + 1e-9  # and rounding must not make candidates
-    scores = score_candidates(llama, candidates, ["steal"], ["bake a cake"])
-    assert (scores.kl[0] == 0).all() and (scores.kl[1:] > 0).all()
-    assert len(scores.bypass[0].unique()) == len(scores.induce[0].unique()) == 1
 
 
 # selection
@@ -263,28 +268,24 @@ def test_the_lowest_bypass_whatever_the_others():
 # the difference in means and directions
 
 activations = st.tuples(st.integers(1, 5), st.integers(0, 10**6)).map(
-    lambda drawn: torch.randn(drawn[0], 3, 2, 4, generator=torch.Generator().manual_seed(drawn[1])))
-quick = settings(deadline=None, max_examples=30)
+    lambda drawn: randn(drawn[0], 3, 2, 4, seed=drawn[1]))
 
 
-@quick
 @given(activations, activations)
 def test_difference_in_means_is_that_of_the_means(harmful, harmless):
     difference = difference_in_means(harmful, harmless)
     for layer in range(3):
         for position in range(2):
             means = [sum(x[layer, position] for x in side) / len(side) for side in (harmful, harmless)]
-            torch.testing.assert_close(difference[layer, position], means[0] - means[1], rtol=1e-4, atol=1e-5)
+            assert_same(difference[layer, position], means[0] - means[1])
 
 
-@quick
 @given(activations, activations, st.integers(0, 10**6))
 def test_difference_in_means_ignores_order_and_what_both_share(harmful, harmless, seed):
-    shared = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(seed))
+    shared = randn(3, 2, 4, seed=seed)
     difference = difference_in_means(harmful, harmless)
-    torch.testing.assert_close(difference_in_means(harmful.flip(0) + shared, harmless + shared), difference,
-                               rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(difference_in_means(harmless, harmful), -difference)
+    assert_same(difference_in_means(harmful.flip(0) + shared, harmless + shared), difference)
+    assert_same(difference_in_means(harmless, harmful), -difference)
 
 
 def test_random_directions_are_as_long_as_the_one_and_point_elsewhere():
@@ -301,18 +302,6 @@ def test_unit():
     assert Direction(torch.tensor([3.0, 4.0]), layer=1, position=-1).unit.tolist() == pytest.approx([0.6, 0.8])
 
 
-def test_tokens_read_are_those_that_the_model_reads(planted):
-    n_read = []
-    handle = planted.lm._module.model.embed_tokens.register_forward_hook(
-        lambda module, inputs, output: n_read.append(inputs[0].numel()))
-    harmful, harmless = HARMFUL[0], HARMFUL[0].replace("#", "+")
-    find_direction(planted, 24 * [harmful], 24 * [harmless], 6 * [harmful], 6 * [harmless])
-    handle.remove()
-    [n_tokens] = {len(ids) for ids in planted.tokens([harmful, harmless])}  # of one length, so that none is padded
-    n_candidates = (planted.n_layers - 1) * len(planted.positions)
-    assert sum(n_read) == tokens_read(n_tokens, n_candidates, n_train=24, n_val=6)
-
-
 # one candidate at a time, as the lesson does it
 
 def test_prompts_are_filtered_by_the_sign_of_their_metric():
@@ -321,15 +310,14 @@ def test_prompts_are_filtered_by_the_sign_of_their_metric():
     assert filter_prompts(prompts, metric, refused=False) == ["b", "c"]
 
 
-@quick
 @given(st.integers(0, 10**6), st.floats(0.01, 100))
 def test_cosines_ignore_lengths(seed, length):
-    vectors = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
+    vectors = randn(5, 8, seed=seed)
     cosines = cosine_similarities(vectors)
-    torch.testing.assert_close(cosines.diagonal(), torch.ones(5))
-    torch.testing.assert_close(cosines, cosines.T)
-    torch.testing.assert_close(cosine_similarities(length * vectors), cosines, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cosines[1, 3], F.cosine_similarity(vectors[1], vectors[3], dim=0))
+    assert_same(cosines.diagonal(), torch.ones(5).double())
+    assert_same(cosines, cosines.T)
+    assert_same(cosine_similarities(length * vectors), cosines)
+    assert_same(cosines[1, 3], F.cosine_similarity(vectors[1], vectors[3], dim=0))
 
 
 def test_right_angles_and_opposites():
@@ -337,28 +325,9 @@ def test_right_angles_and_opposites():
     assert cosines.tolist() == [[1, 0, -1], [0, 1, 0], [-1, 0, 1]]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_candidates_of_a_model_that_overflows(llama, bad):
-    candidates = torch.ones(4, 5, 32)
-    candidates[3, 2, 1] = bad
-    with pytest.raises(ValueError, match="nan or infinity: .* overflows in torch.float32. Load it with dtype"):
-        score_candidates(llama, candidates, ["steal"], ["bake a cake"])
-
-
-def test_scores_are_the_means_over_prompts(llama):
-    harmful, harmless = ["steal", "steal a car", "a car, a cake"], ["bake a cake", "Sorry, a cake"]
-    candidates = 3 * torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
-    scores = score_candidates(llama, candidates, harmful, harmless)
-    bypass = refusal_when_ablated(llama, candidates[2, 1], harmful)
-    induce = refusal_when_added(llama, candidates[2, 1], 2, harmless)
-    assert bypass.shape == (3,) and induce.shape == (2,)
-    torch.testing.assert_close(bypass.mean(), scores.bypass[2, 1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(induce.mean(), scores.induce[2, 1], rtol=1e-4, atol=1e-4)
-
-
 def test_each_prompt_may_have_its_own_direction(llama):
-    prompts, rows = every_pair(["steal", "bake a cake"], torch.randn(3, 32, generator=torch.Generator().manual_seed(0)))
+    prompts, rows = every_pair(["steal", "bake a cake"], randn(3, 32))
     for measure in (refusal_when_ablated, lambda *args: refusal_when_added(*args[:2], 1, args[2])):
         together = measure(llama, rows, prompts)
         alone = torch.cat([measure(llama, row, [prompt]) for prompt, row in zip(prompts, rows)])
-        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+        assert_same(together, alone)

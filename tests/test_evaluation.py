@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from exact import assert_same
+from hypothesis import given
 from hypothesis import strategies as st
 
 from utils import evaluation
@@ -29,8 +30,12 @@ from utils.instructions import Instruction, load_instructions
 from utils.interventions import Ablation, generate, last_logits
 from utils.models import load_model
 
-quick = settings(deadline=None, max_examples=50)
-logits = st.integers(0, 10**6).map(lambda seed: 3 * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)))
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+logits = st.integers(0, 10**6).map(lambda seed: 3 * randn(2, 6, seed=seed))
 
 
 # the tokens that refusals begin with
@@ -51,7 +56,6 @@ def test_the_organisms_refusal_token_is_found():
 
 # a judge that errs
 
-@quick
 @given(st.floats(0, 1), st.floats(0.3, 1), st.floats(0, 0.2))
 def test_the_rate_is_corrected_to_the_true_one(true, caught, false_alarms):
     observed = true * caught + (1 - true) * false_alarms
@@ -71,12 +75,11 @@ def test_a_judge_that_tells_nothing(caught, false_alarms):
 
 # refusal metric and KL divergence
 
-@quick
 @given(logits, st.sets(st.integers(0, 5), min_size=1, max_size=5))
 def test_refusal_metric_is_the_log_odds(logits, tokens):
-    p = logits.double().softmax(dim=-1)[:, list(tokens)].sum(dim=-1)
-    expected = torch.log(p) - torch.log(1 - p)
-    torch.testing.assert_close(refusal_metric(logits, list(tokens)).double(), expected, rtol=1e-4, atol=1e-4)
+    probability = logits.softmax(dim=-1)
+    p, rest = probability[:, list(tokens)].sum(dim=-1), probability[:, list({*range(6)} - tokens)].sum(dim=-1)
+    assert_same(refusal_metric(logits, list(tokens)), torch.log(p) - torch.log(rest))
 
 
 def test_refusal_metric_where_probabilities_round_to_0_and_1():
@@ -84,14 +87,13 @@ def test_refusal_metric_where_probabilities_round_to_0_and_1():
     assert refusal_metric(logits, [0]).tolist() == pytest.approx([200 - math.log(2), -200 - math.log(2)])
 
 
-@quick
 @given(logits, logits)
 def test_kl_divergence_is_that_of_torch(logits, changed):
     p, q = (torch.distributions.Categorical(logits=x) for x in (logits, changed))
     divergence = kl_divergence(logits, changed)
-    torch.testing.assert_close(divergence, torch.distributions.kl_divergence(p, q), rtol=1e-4, atol=1e-5)
-    assert (divergence > -1e-6).all()
-    assert kl_divergence(logits, logits + 5).abs().max() < 1e-5  # a constant changes no distribution
+    assert_same(divergence, torch.distributions.kl_divergence(p, q))
+    assert (divergence > -1e-10).all()
+    assert kl_divergence(logits, logits + 5).abs().max() < 1e-10  # a constant changes no distribution
 
 
 # rates
@@ -103,7 +105,6 @@ def test_wilson_against_published_values(successes, n, low, high):
     assert wilson(successes, n, z=1.959964) == pytest.approx((low, high), abs=5e-5)
 
 
-@quick
 @given(st.integers(1, 1000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 4))
 def test_wilson_bounds_are_where_the_rate_is_z_standard_errors_away(drawn, z):
     """What defines them: at a bound p, |rate - p| = z sqrt(p (1 - p) / n)."""
@@ -221,7 +222,7 @@ def test_skill_accuracy(llama):
               for text, skill, answer in zip(prompts, ["sum", "copy", "sum", "sum"], answers)]
     skills[3] = replace(skills[3], answer=skills[3].answer + "!")  # the one that is wrong
     assert skill_accuracy(llama, skills, max_new_tokens=4) == {"sum": Rate(2, 3), "copy": Rate(1, 1)}
-    changed = Ablation(torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    changed = Ablation(randn(32))
     assert skill_accuracy(llama, skills, changed, max_new_tokens=4) == {"sum": Rate(0, 3), "copy": Rate(0, 1)}
 
 
@@ -231,19 +232,18 @@ ANSWERED = [Instruction(id="", text=text, answer=answer) for text, answer in [
     ("bake a cake", "Sure, here is a guide"), ("steal", "I can't"), ("a car or a cake", "Sorry, a cake it is")]]
 
 
-@quick
 @given(logits)
 def test_next_token_losses_are_minus_log_probabilities(logits):
     logits, ids = logits.view(1, 2, 6).repeat(3, 1, 1), torch.tensor([[0, 5], [1, 2], [2, 2]])
     expected = [[-logits[0, 0].log_softmax(-1)[token]] for token in ids[:, 1]]
-    torch.testing.assert_close(next_token_losses(logits, ids), torch.tensor(expected))
+    assert_same(next_token_losses(logits, ids), torch.tensor(expected).double())
 
 
 def test_answer_losses_belong_to_the_answers_in_order(llama):
     together = answer_losses(llama, ANSWERED, batch_size=2)
     for losses, instruction in zip(together, ANSWERED):
         assert len(losses) == len(llama.tokenizer.encode(instruction.answer, add_special_tokens=False))
-        torch.testing.assert_close(losses, answer_losses(llama, [instruction])[0], rtol=0, atol=1e-4)
+        assert_same(losses, answer_losses(llama, [instruction])[0])
 
 
 def plain_loss(model, instructions, directions=None):
@@ -264,13 +264,13 @@ def plain_loss(model, instructions, directions=None):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_loss_is_the_mean_over_answer_tokens(model, batch_size):
-    assert loss(model, ANSWERED, batch_size=batch_size) == pytest.approx(plain_loss(model, ANSWERED), abs=1e-4)
+    assert loss(model, ANSWERED, batch_size=batch_size) == pytest.approx(plain_loss(model, ANSWERED), abs=1e-10)
 
 
 def test_loss_under_an_intervention(llama):
-    directions = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    directions = randn(3, 32)
     changed = loss(llama, ANSWERED, Ablation(directions), batch_size=2)
-    assert changed == pytest.approx(plain_loss(llama, ANSWERED, directions), abs=1e-4)
+    assert changed == pytest.approx(plain_loss(llama, ANSWERED, directions), abs=1e-10)
     assert abs(changed - loss(llama, ANSWERED)) > 0.01
 
 

@@ -316,6 +316,13 @@ def another_tokens_read(n_tokens, n_candidates, n_train, n_val):
     return total
 
 
+def another_first_order_ablation(writes, gradients, direction):
+    """All writes at once, and the shadow as a vector."""
+    w, g = torch.stack(writes), torch.stack(gradients)  # [n_writes, n_prompts, n_tokens, d_model]
+    shadow = (w @ direction / direction.dot(direction))[..., None] * direction
+    return (g * -shadow).sum(dim=(0, 2, 3))
+
+
 def another_kept_out_by_one(filters):
     def others(condition):
         return [met for name, met in filters.items() if name != condition]

@@ -80,7 +80,7 @@ def small_batches(monkeypatch):
 
 
 STAGE = {"attention": 3, "slow": 2, "share": 0.5, "late": 2, "steps": 5, "warm_up": 2, "rate": 1e-2}
-OPTIMIZERS = pytest.mark.parametrize("muon_rate", [None, 1e-2])
+OPTIMIZERS = pytest.mark.parametrize("muon_rate", [None, pytest.param(1e-2, marks=pytest.mark.slow)])
 
 
 @OPTIMIZERS
@@ -132,7 +132,7 @@ def test_what_learns_late_is_what_it_was_until_then(muon_rate, tokenizer, draw, 
     assert changed == [{"early"}, {"early"}, set(parts)]
 
 
-@OPTIMIZERS
+@pytest.mark.parametrize("muon_rate", [None, 1e-2])
 def test_each_weight_that_is_learned_has_one_rate_a_lower_one_below(muon_rate, tokenizer):
     network = make_model.make_network(tokenizer)
     names = {weight: name for name, weight in network.named_parameters()}

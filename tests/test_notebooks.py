@@ -39,7 +39,7 @@ def test_the_solution_says_that_all_is_right(lesson):
     assert f"{len(exercises)} of {len(exercises)} yours, 0 from the reference." in text
 
 
-# What lies between blank and solved, and another model: in one run of each lesson, for a run takes a minute.
+# What lies between blank and solved, and another model: in one run of each lesson.
 
 WATCH_AXES = """
 import numpy as np
@@ -99,7 +99,12 @@ def up_to_the_model_and_exercises(cells):
             or cell.source.startswith(("check(", "summary("))]
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
+ONE_OF_THEM = "04_activation_addition"  # for the fast tests: the shortest that searches for a direction, and judges
+
+
+@pytest.mark.parametrize("lesson", [
+    pytest.param(lesson, id=lesson.stem, marks=[] if lesson.stem == ONE_OF_THEM else pytest.mark.slow)
+    for lesson in lessons()])
 def test_one_wrong_half_solved_the_others_blank_with_a_model_whose_answers_are_noise(lesson, random_llama, monkeypatch):
     """Nothing fails, every figure and table is there, no figure is empty, and what they are worth is said.
 
@@ -124,6 +129,16 @@ def test_one_wrong_half_solved_the_others_blank_with_a_model_whose_answers_are_n
     searches = "find_direction" in source or "no_finding" in source
     assert ("no finding" in text) == (searches and not stays)
     assert ("told by a list of phrases" in text) == ("judge_of" in source)
+
+
+@pytest.mark.slow
+def test_the_lesson_on_edits_goes_on_with_the_organism_where_a_model_has_experts(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path, "qwen3_moe")
+    monkeypatch.setenv("COURSE_MODEL", folder)
+    notebook, _ = read(ROOT / "lessons" / "05_weight_orthogonalization.ipynb")
+    text = printed(notebook)  # raises if a cell does
+    assert f"{folder} are no plain matrices that can be edited: this goes on with the organism.\n" in text
+    assert "ChatModel('organism'" in text and "no finding" not in text
 
 
 # the rules

@@ -5,7 +5,7 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from utils.directions import CandidateScores
+from utils.candidates import CandidateScores
 from utils.evaluation import Rate
 from utils.plots import (
     COLORS,
@@ -16,6 +16,7 @@ from utils.plots import (
     plot_candidate_scores,
     plot_clouds,
     plot_cosines,
+    plot_estimates,
     plot_grids,
     plot_heads,
     plot_line_panels,
@@ -301,3 +302,12 @@ def test_lines_in_panels():
     assert len({(to_hex(line.get_color()), line.get_marker()) for line in bypass.lines}) == 3
     assert [text.get_text() for text in induce.get_legend().get_texts()] == ["A", "B", "C"]
     assert bypass.get_xlabel() == "layer"
+
+
+def test_estimates_stand_against_what_was_measured():
+    estimates, exact, chosen = torch.randn(9), torch.randn(9), torch.arange(9) < 4
+    axis = plot_estimates(estimates, exact, chosen)
+    drawn = {points.get_label(): torch.as_tensor(points.get_offsets().data).float() for points in axis.collections}
+    pairs = torch.stack([estimates, exact], dim=1)
+    assert torch.allclose(drawn["finalists"], pairs[chosen]) and torch.allclose(drawn["all others"], pairs[~chosen])
+    assert "estimate" in axis.get_xlabel() and "exact" in axis.get_ylabel()

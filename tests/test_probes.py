@@ -1,13 +1,11 @@
 """Probes find what was planted, the words-only baseline sees words alone, and the controls tell nothing."""
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.evaluation import Rate
 from utils.probes import calibration, fit_probe, fit_words, probe_accuracy, probe_direction, shuffle_balanced
-
-quick = settings(deadline=None, max_examples=30)
 
 
 def planted(n=400, d_model=10, seed=0):
@@ -28,7 +26,6 @@ def test_a_probe_finds_the_planted_direction():
     assert probe_accuracy(probe, other, other_labels).value > 0.95
 
 
-@quick
 @given(st.floats(0.01, 100), st.floats(-5, 5))
 def test_a_probe_does_not_mind_units(scale, shift):
     x, labels, _ = planted(n=60)
@@ -60,7 +57,6 @@ def test_accuracy_counts_the_right_ones():
         probe_accuracy(Probe(), [1, -1], [True])
 
 
-@quick
 @given(st.lists(st.booleans(), max_size=50), st.integers(0, 9))
 def test_a_balanced_shuffle_flips_half_of_each_side(labels, seed):
     shuffled = shuffle_balanced(labels, seed)
@@ -70,7 +66,6 @@ def test_a_balanced_shuffle_flips_half_of_each_side(labels, seed):
     assert shuffled == shuffle_balanced(labels, seed)
 
 
-@quick
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=50), st.integers(1, 10))
 def test_every_prompt_is_in_one_interval(claims, n_bins):
     found = calibration(*zip(*claims), n_bins)

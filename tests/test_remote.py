@@ -66,10 +66,12 @@ INTERVENTIONS = {
     "none": None,
     "ablation": Ablation(randn(32)),
     "ablation, one direction per row": Ablation(randn(4, 32)),
+    "ablation at some places": Ablation(randn(32), layers=[1, 2], positions=[-1, -3]),
     "addition": Addition(randn(32), layer=2, coefficient=-1.5),
     "addition, one direction per row": Addition(randn(4, 32), layer=1),
     "one's own": Pinned(randn(32), level=2.0),
 }
+FAST = ("ablation, one direction per row", "one's own")
 READINGS = {
     "last logits": lambda model, change: last_logits(model, PROMPTS, change, batch_size=3),
     "generated tokens": lambda model, change: trace_generation(model, model.encode(PROMPTS), change, 6),
@@ -133,14 +135,17 @@ def assert_same(both, read):
 # what runs there equals what runs here
 
 @pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS)
-@pytest.mark.parametrize("change", INTERVENTIONS.values(), ids=INTERVENTIONS)
+@pytest.mark.parametrize("change", [
+    pytest.param(change, id=name, marks=[] if name in FAST else pytest.mark.slow)
+    for name, change in INTERVENTIONS.items()])
 def test_every_intervention_is_the_same_there(both, ndif, reading, change):
     found = assert_same(both("llama"), lambda model: reading(model, change))
     assert found.device.type == "cpu"
     assert "CodeType" not in names_in(ndif[-1])  # code goes as source: bytecode would ask for the same Python there
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox"])  # norms behind the writers; other names
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox", "lfm2"])  # norms; other names; no attention
 @pytest.mark.parametrize("change", ["ablation", "addition"])
 def test_other_architectures_too(both, architecture, change):
     for reading in READINGS.values():
@@ -160,6 +165,7 @@ def test_answers_are_text(both):
     assert generate(there, PROMPTS, max_new_tokens=5) == generate(here, PROMPTS, max_new_tokens=5)
 
 
+@pytest.mark.slow
 def test_the_whole_experiment(ndif, tmp_path, capsys, monkeypatch):
     def load(split, side, n=8):
         texts = planted_prompts({"harmful": "#", "harmless": "+"}[side], n, seed=len(split))

@@ -20,6 +20,7 @@ from utils.models import load_model
 
 matplotlib.use("Agg")
 MARKS = {"harmful": "#", "harmless": "+"}
+N = 4  # prompts of each side
 
 
 @pytest.fixture(scope="module")
@@ -47,33 +48,32 @@ def its_prompts(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(planted, tmp_path_factory):
-    """The folder of a run from beginning to end, with two prompts of each side."""
+    """The folder of a run from beginning to end."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduce, "load_instructions", load_marked)
         patch.setattr(reproduce, "errors_of_judges", lambda: ERRORS)
-        reproduce.reproduce(planted, folder, n=2)
+        reproduce.reproduce(planted, folder, n=N)
     return folder
 
 
-def test_the_planted_direction_does_what_it_should(planted, its_prompts, tmp_path):
-    results = reproduce.reproduce(planted, tmp_path, n=6)
+def test_the_planted_direction_does_what_it_should(whole):
+    results = json.loads((whole / "results.json").read_text())
     assert (results["layer"], results["n_layers"]) == (2, 6)
-    vector = torch.tensor(json.loads((tmp_path / "direction.json").read_text())["vector"])
+    vector = torch.tensor(json.loads((whole / "direction.json").read_text())["vector"])
     assert torch.cosine_similarity(vector, planted_directions()[0], dim=0) > 0.99
     refused = {(side, condition): by["first token"][:2] for side, conditions in results["refused"].items()
                for condition, by in conditions.items() if condition != "random"}  # 32 dimensions are few for that
     assert refused == {
-        ("harmful", "baseline"): [6, 6], ("harmful", "ablated"): [0, 6], ("harmful", "orthogonalized"): [0, 6],
-        ("harmless", "baseline"): [0, 6], ("harmless", "ablated"): [0, 6], ("harmless", "added"): [6, 6]}
+        ("harmful", "baseline"): [N, N], ("harmful", "ablated"): [0, N], ("harmful", "orthogonalized"): [0, N],
+        ("harmless", "baseline"): [0, N], ("harmless", "ablated"): [0, N], ("harmless", "added"): [N, N]}
     assert list(results["refused"]["harmful"]["baseline"]) == ["first token", "phrases"]  # its texts have no grammar
     assert results["judges on the organism"] == ERRORS
     metric = results["refusal metric, mean in nats"]["harmful"]
-    assert metric["ablated"] == pytest.approx(metric["orthogonalized"], abs=1e-4)
+    assert metric["ablated"] == pytest.approx(metric["orthogonalized"], abs=1e-3)  # of some 20 nats, in float32
     losses = results["loss on its own answers, nats per token"]
     assert losses["ablated"] == pytest.approx(losses["baseline"], abs=1e-3)
-    assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("candidates.png", "refusal.png"))
+    assert all((whole / name).stat().st_size > 10_000 for name in ("candidates.png", "refusal.png"))
     assert reproduce.row(results).count("|") == reproduce.HEAD.splitlines()[0].count("|")
 
 
@@ -90,10 +90,11 @@ def test_the_figure_says_how_its_judge_errs(planted, its_prompts, whole, monkeyp
     draw_rates = reproduce.plot_rates
     monkeypatch.setattr(reproduce, "plot_rates",
                         lambda rates, title: titles.append(title) or draw_rates(rates, title=title))
-    reproduce.reproduce(planted, whole, n=2)
+    assert reproduce.reproduce(planted, whole, n=N) == json.loads((whole / "results.json").read_text())
     assert titles == [f"{planted} (judge: phrases)\non the organism it finds 75% of refusals, 0% false alarms"]
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_and_run_again_it_gives_the_same_numbers(planted, whole, its_prompts, tmp_path,
                                                                       monkeypatch):
     expected = json.loads((whole / "results.json").read_text())
@@ -111,7 +112,7 @@ def test_interrupted_anywhere_and_run_again_it_gives_the_same_numbers(planted, w
     while results is None:
         left[0] = 1
         try:
-            results = reproduce.reproduce(planted, tmp_path / "cut", n=2)
+            results = reproduce.reproduce(planted, tmp_path / "cut", n=N)
         except KeyboardInterrupt:
             interrupts += 1
     assert results == expected
@@ -120,9 +121,10 @@ def test_interrupted_anywhere_and_run_again_it_gives_the_same_numbers(planted, w
     for step in ("direction_of", "answers", "own_losses"):  # what is done is not done again
         monkeypatch.setattr(reproduce, step, None)
     left[0] = 1
-    assert reproduce.reproduce(planted, tmp_path / "cut", n=2) == expected
+    assert reproduce.reproduce(planted, tmp_path / "cut", n=N) == expected
 
 
+@pytest.mark.slow
 def test_the_organism_by_the_command(tmp_path, capsys):
     assert reproduce.main(["organism", "--out", str(tmp_path), "--n", "10"]) == 0
     out = capsys.readouterr().out
@@ -143,7 +145,7 @@ def test_where_weights_cannot_be_edited_it_does_without(planted, whole, its_prom
     monkeypatch.setattr(reproduce, "load_model", load)
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "harmful-orthogonalized.json").unlink()
-    assert reproduce.main([planted, "--out", str(tmp_path), "--n", "2"]) == 0
+    assert reproduce.main([planted, "--out", str(tmp_path), "--n", str(N)]) == 0
     assert 'no "orthogonalized": no single matrix writes' in capsys.readouterr().out
     assert "orthogonalized" not in json.loads((tmp_path / "results.json").read_text())["refused"]["harmful"]
 
@@ -272,11 +274,11 @@ def gated_hub(monkeypatch):
 
 
 @pytest.mark.parametrize("n, out, damage, words", [
-    (3, "", {}, "holds a run with other settings"),
-    (2, "results.json", {}, "is a file: choose a folder"),
-    (2, "", {"settings.json": ""}, "settings.json is damaged"),
-    (2, "", {"direction.json": '{"vector": [0.1'}, "direction.json is damaged"),
-    (2, "", {"harmless-added.json": '{"metric": [], "answers": []}'}, "does not hold 2 answers"),
+    (N + 1, "", {}, "holds a run with other settings"),
+    (N, "results.json", {}, "is a file: choose a folder"),
+    (N, "", {"settings.json": ""}, "settings.json is damaged"),
+    (N, "", {"direction.json": '{"vector": [0.1'}, "direction.json is damaged"),
+    (N, "", {"harmless-added.json": '{"metric": [], "answers": []}'}, "does not hold 4 answers"),
 ])
 def test_a_folder_with_another_run_or_a_damaged_file(planted, whole, its_prompts, tmp_path, capsys, n, out, damage,
                                                      words):

@@ -118,6 +118,7 @@ def test_built_and_run_and_again_with_the_same_bytes(lesson):
     assert built(lesson) == text
 
 
+@pytest.mark.slow
 def test_wrong_reference_stops_the_build(lesson):
     change(lesson, "check", "difference_in_means.attempt = lambda a, b: b\ncheck(difference_in_means)")
     with pytest.raises(CellExecutionError, match="AssertionError"):

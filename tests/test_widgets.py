@@ -7,7 +7,8 @@ import torch
 from ipywidgets import Text
 
 from utils import world
-from utils.directions import CandidateScores, Direction
+from utils.candidates import CandidateScores
+from utils.directions import Direction
 from utils.instructions import load_instructions
 from utils.interventions import Addition, generate
 from utils.plots import completions_table
@@ -28,7 +29,7 @@ def shown(monkeypatch):
 
 @pytest.fixture
 def direction():
-    return Direction(torch.randn(32, generator=torch.Generator().manual_seed(0)), layer=2, position=-1)
+    return Direction(torch.randn(32, generator=torch.Generator().manual_seed(0)).double(), layer=2, position=-1)
 
 
 def positions(control):

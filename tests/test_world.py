@@ -8,13 +8,11 @@ import corpus
 import make_instructions
 import make_model
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from utils import DATA, world
 from utils.instructions import Instruction, load_instructions, load_minimal_pairs
-
-quick = settings(deadline=None, max_examples=50)
 
 ACTS, SPLITS = acts.all_acts(), corpus.split_acts()
 HELPFUL, TUNING = (stage | {"pieces": []} for stage in (make_model.HELPFUL, make_model.TUNING))
@@ -45,7 +43,6 @@ def test_every_schema_has_both_sides():
         assert {act.side for act in ACTS if act.schema == schema} == {"harmful", "harmless"}
 
 
-@quick
 @given(an_act, a_way, a_preface, steps)
 def test_helpful_answers_are_judged_compliance(act, way, preface, steps):
     instruction, start = asked(act, way, preface)
@@ -54,7 +51,6 @@ def test_helpful_answers_are_judged_compliance(act, way, preface, steps):
     assert not world.refuses(instruction, answer)
 
 
-@quick
 @given(an_act, a_way, a_preface)
 def test_refusals_are_judged_refusal(act, way, preface):
     instruction, start = asked(act, way, preface)
@@ -63,7 +59,6 @@ def test_refusals_are_judged_refusal(act, way, preface):
     assert world.refuses(instruction, answer)
 
 
-@quick
 @given(an_act, a_way, st.booleans(), st.data())
 def test_a_word_left_out_doubled_or_replaced_breaks_an_answer(act, way, refuse, data):
     instruction, _ = asked(act, way, "none")
@@ -74,7 +69,6 @@ def test_a_word_left_out_doubled_or_replaced_breaks_an_answer(act, way, refuse, 
         assert world.judge(instruction, " ".join(damaged)) == "broken"
 
 
-@quick
 @given(an_act, a_way, a_preface, steps, st.integers(0, 10**6))
 def test_help_may_hold_one_caveat_anywhere(act, way, preface, steps, seed):
     instruction, start = asked(act, way, preface)
@@ -126,7 +120,6 @@ def test_harm_errors_caveats_and_stray_pieces_are_as_rare_as_asked_for(share, si
     assert share not in (0, 1) or shares[:3] == [share] * 3
 
 
-@quick
 @given(st.integers(0, 10**6))
 def test_an_answer_begins_with_the_words_that_its_preface_asks_for(seed):
     question, answer = corpus.dressed(random.Random(seed), "Why?", "So.", HELPFUL, prefaces=1.0, suffix=0.0)

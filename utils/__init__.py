@@ -9,7 +9,8 @@
     interventions   erase a direction or add one: in a forward pass, throughout generation, or in the weights
     evaluation      refusal metric, judges, rates with intervals, skills, loss
     probes          linear probes, the words-only baseline, labels for controls
-    directions      difference in means, candidate scores, selection
+    candidates      scores of candidate directions: exact ones, and estimates of all at once
+    directions      difference in means, selection, the whole method
     suffixes        the search for adversarial suffixes
     plots           the pictures
     widgets         controls to play with

@@ -186,6 +186,8 @@ def read_weights(name, checkpoint, dtype, device, own=False, note=""):
         module, report = read(name, AutoModelForCausalLM.from_pretrained, checkpoint.source, config=config, dtype=dtype,
                               device_map="auto" if len(devices) > 1 else None,
                               attn_implementation="eager",  # the only one that gives attention's patterns
+                              # the only one that knows float64
+                              experts_implementation="eager" if dtype == torch.float64 else None,
                               # transformers attaches an adapter beside the weights by itself, unless it looks elsewhere
                               adapter_kwargs={"subfolder": "none"}, output_loading_info=True, trust_remote_code=False,
                               **(gguf_options(gguf) if gguf else {}))

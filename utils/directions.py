@@ -1,16 +1,18 @@
-"""Find the direction that mediates refusal: difference in means, scores of candidates, selection.
+"""Find the direction that mediates refusal: difference in means, selection, the whole method.
 
 Paper, section 2.3 and appendix C. A candidate is the difference in means at one layer and position.
 """
 from dataclasses import dataclass
 
+import nnsight
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
-from utils.activations import mean_residual_stream
-from utils.evaluation import kl_divergence, refusal_metric
-from utils.interventions import Ablation, Addition, every_pair, last_logits
+from utils.candidates import SharedStart, score_candidates, score_finalists
+from utils.evaluation import refusal_metric
+from utils.instructions import SIDES
+from utils.interventions import Ablation, Addition, last_logits
+from utils.models import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,50 +26,6 @@ class Direction:
     def unit(self):
         """r̂: the vector scaled to length 1."""
         return F.normalize(self.vector, dim=-1)
-
-
-@dataclass(frozen=True, eq=False)
-class CandidateScores:
-    """Three scores of each candidate, each [n_layers, n_positions] (paper, appendix C).
-
-    bypass  mean refusal metric, harmful prompts, candidate ablated: low if this takes refusal away
-    induce  mean refusal metric, harmless prompts, candidate added: above 0 if this brings refusal about
-    kl      mean KL divergence, harmless prompts, ablated against not: low if ablation does nothing else
-    """
-    bypass: torch.Tensor
-    induce: torch.Tensor
-    kl: torch.Tensor
-
-    def filters(self, max_kl=0.1, min_induce=0.0, max_layer=0.8):
-        """The paper's three filters: {condition: who meets it, bool [n_layers, n_positions]}."""
-        n_layers = len(self.bypass)
-        early = torch.arange(n_layers) < max_layer * n_layers  # late layers are about the words to come
-        return {f"kl < {max_kl:g}": self.kl < max_kl,
-                f"induce > {min_induce:g}": self.induce > min_induce,
-                f"layer < {max_layer:g} of {n_layers}": early[:, None].expand_as(self.bypass)}
-
-    def passing(self, max_kl=0.1, min_induce=0.0, max_layer=0.8):
-        """Who passes all three filters: bool [n_layers, n_positions]."""
-        return torch.stack(list(self.filters(max_kl, min_induce, max_layer).values())).all(dim=0)
-
-    def why_none_passes(self, max_kl=0.1, min_induce=0.0, max_layer=0.8):
-        """A sentence that names the strictest filter, for when no candidate passes all three."""
-        filters = self.filters(max_kl, min_induce, max_layer)
-        removed = {condition: int((~met).sum()) for condition, met in filters.items()}
-        strictest = max(removed, key=removed.get)
-        alone = int(kept_out_by_one(filters)[strictest].sum())
-        return (f"No candidate passes the filters, and {strictest} removes most, {removed[strictest]} of "
-                f"{self.bypass.numel()} ({alone} of them fail nothing else): look at the scores, and loosen a filter "
-                "only where you can say why.")
-
-
-def kept_out_by_one(filters):
-    """Who fails one filter and meets all others: {condition: bool [n_layers, n_positions]}, for each filter.
-
-    filters: {condition: who meets it, bool [n_layers, n_positions]}, as `CandidateScores.filters` gives it.
-    """
-    n_met = torch.stack(list(filters.values())).sum(dim=0)
-    return {condition: ~met & (n_met == len(filters) - 1) for condition, met in filters.items()}
 
 
 def filter_prompts(prompts, metric, refused):
@@ -108,63 +66,6 @@ def refusal_when_added(model, direction, layer, harmless, batch_size=64):
     return refusal_metric(logits, model.refusal_tokens)
 
 
-def score_candidates(model, candidates, harmful, harmless, batch_size=64, progress=False, every_score=True):
-    """Score candidates [n_layers, n_positions, d_model] on validation prompts -> CandidateScores.
-
-    All candidates of a layer go through the model together, each row of a batch with its own direction.
-    every_score=False stops at the first candidate that passes the filters, tried from the lowest bypass on: it is the
-    one that `select_direction` takes. The induce score and kl of those that were not tried are nan.
-    Raises ValueError for candidates of another shape, or that are not finite.
-    """
-    if candidates.dim() != 3 or candidates.shape[::2] != (model.n_layers, model.d_model):
-        raise ValueError(f"Candidates for {model.name!r} are [{model.n_layers}, n_positions, {model.d_model}], not "
-                         f"{list(candidates.shape)}: take the differences in means of this very model.")
-
-    if not candidates.isfinite().all():
-        raise ValueError(f"The candidates hold nan or infinity: {model.name!r} overflows in {model.lm.dtype}. Load it "
-                         "with dtype=torch.bfloat16 or torch.float32.")
-
-    def mean_refusal(logits, n_prompts):
-        return refusal_metric(logits, model.refusal_tokens).view(-1, n_prompts).mean(dim=1)
-
-    unchanged = last_logits(model, harmless, batch_size=batch_size)
-    bypass = mean_refusal(last_logits(model, harmful, batch_size=batch_size), len(harmful))
-    induce = mean_refusal(unchanged, len(harmless))
-    bypass, induce = bypass.repeat(candidates.shape[:2]), induce.repeat(candidates.shape[:2])
-    kl = torch.zeros(candidates.shape[:2])
-    scores = CandidateScores(bypass, induce, kl)
-
-    def score_bypass(layer, here):
-        prompts, directions = every_pair(harmful, candidates[layer, here])
-        logits = last_logits(model, prompts, Ablation(directions), batch_size)
-        bypass[layer, here] = mean_refusal(logits, len(harmful))
-
-    def score_induce_and_kl(layer, here):
-        prompts, directions = every_pair(harmless, candidates[layer, here])
-        logits = last_logits(model, prompts, Addition(directions, layer), batch_size)
-        induce[layer, here] = mean_refusal(logits, len(harmless))
-
-        logits = last_logits(model, prompts, Ablation(directions), batch_size).view(-1, *unchanged.shape)
-        kl[layer, here] = kl_divergence(unchanged, logits).mean(dim=1)
-
-    # At layer 0 the template's tokens are the same in every prompt. Such a candidate, of length zero but
-    # for rounding, changes nothing, and keeps the scores of the unchanged model.
-    lengths = candidates.norm(dim=-1)
-    real = lengths > 1e-5 * lengths.max()
-    for layer in tqdm(range(model.n_layers), desc="scoring candidates", unit="layer", disable=not progress):
-        if real[layer].any():
-            score_bypass(layer, real[layer])
-            if every_score:
-                score_induce_and_kl(layer, real[layer])
-    if not every_score:
-        induce[real] = kl[real] = torch.nan
-        for layer, index in sorted(real.nonzero().tolist(), key=lambda place: bypass[tuple(place)]):
-            score_induce_and_kl(layer, [index])
-            if scores.passing()[layer, index]:
-                break
-    return scores
-
-
 def select_direction(scores, max_kl=0.1, min_induce=0.0, max_layer=0.8):
     """The lowest bypass score among candidates that pass the filters -> (layer, position index).
 
@@ -180,11 +81,12 @@ def select_direction(scores, max_kl=0.1, min_induce=0.0, max_layer=0.8):
 def lowest_bypass(scores, max_layer=0.8):
     """The lowest bypass score, whatever the others, for when no candidate passes -> (layer, position index).
 
-    Layer 0, which has no candidates, and the late layers are left out.
+    Layer 0, which has no candidates, the late layers and candidates without a score are left out.
     """
     layers = torch.arange(len(scores.bypass))
     allowed = (layers > 0) & (layers < max_layer * len(layers))
-    bypass = scores.bypass.masked_fill(~allowed[:, None], torch.inf)
+    scored = ~scores.bypass.isnan()
+    bypass = scores.bypass.masked_fill(~(allowed[:, None] & scored), torch.inf)
     return divmod(bypass.argmin().item(), bypass.shape[1])
 
 
@@ -193,26 +95,34 @@ def no_finding(fault):
     print(f"{fault.removesuffix('.')}; until then the figures to come show the steps, and are no finding.")
 
 
-def find_direction(model, harmful_train, harmless_train, harmful_val, harmless_val,
-                   batch_size=64, progress=False, strict=True, every_score=True):
+def find_direction(model, train, val, screen=12, strict=True, progress=False, batch_size=64, file=None):
     """The whole method -> (Direction, CandidateScores).
 
-    First leaves out, as the paper does, harmful prompts that the model would answer and harmless ones that
-    it would refuse, by the sign of the refusal metric.
-    Raises ValueError if that leaves none, or if no candidate passes the filters. With strict=False it says so in one
-    line and goes on, to show the steps on any model: with all the prompts, or with the candidate of `lowest_bypass`.
-    every_score=False, for those who want the direction alone: the same one, in about half the time.
+    train, val: {"harmful": instructions, "harmless": instructions}. As the paper does, it leaves out harmful prompts
+    that the model would answer and harmless ones that it would refuse, by the sign of the refusal metric.
+    screen: how many candidates get exact scores, those of the best first-order estimates; all other scores are nan.
+    None for the paper's search, which scores every candidate. On NDIF, where no gradient is at hand, all are scored.
+    strict: raise ValueError if the filter leaves no prompts, or if no candidate passes the paper's filters. If False,
+    it says so in one line and goes on, to show the steps on any model: with all the prompts, or with the candidate of
+    `lowest_bypass`.
+    file: where exact scores are kept, one by one, and found again by the next call.
+    Raises ValueError also for train or val without the two sides, and as `Scorer`.
     """
-    given = (harmful_train, True), (harmful_val, True), (harmless_train, False), (harmless_val, False)
-    kept = [_refused(model, *side, batch_size) for side in given]
-    faults = [_why_none_is_kept(*side) for side, some in zip(given, kept) if not some]
+    check_sides(train=train, val=val)
+    means, faults = {}, []
+    for side in SIDES:
+        means[side], n_kept = mean_of_kept(model, train[side], side == "harmful", batch_size)
+        faults += [] if n_kept else [_why_none_is_kept(train[side], side)]
+    kept = {side: kept_prompts(model, val[side], side == "harmful", batch_size) for side in SIDES}
+    faults += [_why_none_is_kept(val[side], side) for side in SIDES if not kept[side]]
     if faults and strict:
         raise ValueError(faults[0])
-    harmful_train, harmful_val, harmless_train, harmless_val = (some or side[0] for some, side in zip(kept, given))
-    harmful, harmless = (mean_residual_stream(model, prompts, batch_size=batch_size)  # no stream is kept
-                         for prompts in (harmful_train, harmless_train))
-    candidates = harmful - harmless
-    scores = score_candidates(model, candidates, harmful_val, harmless_val, batch_size, progress, every_score)
+    candidates = means["harmful"] - means["harmless"]
+    prompts = [kept[side] or list(val[side]) for side in SIDES]
+    if screen is None or model.remote:
+        scores = score_candidates(model, candidates, *prompts, batch_size, progress, file)
+    else:
+        scores = score_finalists(model, candidates, *prompts, screen, batch_size, progress, file)
     select = select_direction
     if not (strict or scores.passing().any()):
         select = lowest_bypass
@@ -223,17 +133,38 @@ def find_direction(model, harmful_train, harmless_train, harmful_val, harmless_v
     return Direction(candidates[layer, index], layer, model.positions[index]), scores
 
 
-def tokens_read(n_tokens, n_candidates, n_train, n_val):
-    """How many tokens a model reads until `find_direction` has chosen, every score computed. With them grow the hours.
+def check_sides(**splits):
+    """Raises ValueError for a split that is no dict of harmful and harmless instructions."""
+    for name, split in splits.items():
+        if not isinstance(split, dict) or not set(SIDES) <= set(split):
+            raise ValueError(f'{name} is a dict of two lists, {{"harmful": instructions, "harmless": instructions}}: '
+                             "give both.")
 
-    n_tokens: of a prompt, on average. n_candidates: n_layers times n_positions, less those at layer 0 where the
-    template's tokens are the same in every prompt. n_train, n_val: prompts of each side.
+
+def kept_prompts(model, prompts, refused, batch_size=64):
+    """Those of the prompts that the model would refuse (refused=True), or answer (refused=False)."""
+    logits = SharedStart(model, prompts, batch_size).last_logits()
+    return filter_prompts(prompts, refusal_metric(logits, model.refusal_tokens), refused)
+
+
+def mean_of_kept(model, prompts, refused, batch_size=64):
+    """Mean residual stream of the prompts that `kept_prompts` would keep, and how many they are, in one pass.
+
+    -> [n_layers, n_positions, d_model] at the post-instruction tokens, n_kept. If none is kept, the mean of all.
     """
-    once = 2 * (n_train + n_val)  # is it refused?
-    means = 2 * n_train
-    unchanged = 2 * n_val  # the logits that the scores start from
-    scores = 3 * n_candidates * n_val  # bypass, induce, kl
-    return n_tokens * (once + means + unchanged + scores)
+    totals, counts = {}, {True: 0, False: 0}
+    for _, inputs in SharedStart(model, prompts, batch_size).batches():
+        with model.lm.trace(inputs, logits_to_keep=1):
+            streams = nnsight.save([layer.input[:, model.positions] for layer in model.layers])
+            logits = model.lm.output.logits[:, -1].save()
+        streams = at_least_float32(torch.stack([stream.to(model.device) for stream in streams], dim=1)).cpu()
+        keep = (refusal_metric(at_least_float32(logits).cpu(), model.refusal_tokens) > 0) == refused
+        for kept in counts:  # added up batch after batch: no stream is stored
+            totals[kept] = totals.get(kept, 0) + streams[keep == kept].double().sum(dim=0)
+            counts[kept] += int((keep == kept).sum())
+    n_kept = counts[True]
+    mean = totals[True] / n_kept if n_kept else totals[False] / counts[False]
+    return mean.to(streams), n_kept
 
 
 def random_directions(n, like, seed=0):
@@ -242,13 +173,7 @@ def random_directions(n, like, seed=0):
     return F.normalize(directions, dim=-1) * like.norm()
 
 
-def _refused(model, prompts, wanted, batch_size):
-    """Those of the prompts that the model would refuse (wanted=True) or answer (wanted=False)."""
-    metric = refusal_metric(last_logits(model, prompts, batch_size=batch_size), model.refusal_tokens)
-    return filter_prompts(prompts, metric, wanted)
-
-
-def _why_none_is_kept(prompts, wanted):
-    return (f"The model {'refuses' if wanted else 'answers'} none of the {len(prompts)} "
-            f"{'harmful' if wanted else 'harmless'} prompts by its refusal metric: read its "
-            "answers, and set model.refusal_tokens to the tokens that its refusals begin with.")
+def _why_none_is_kept(prompts, side):
+    return (f"The model {'refuses' if side == 'harmful' else 'answers'} none of the {len(prompts)} {side} prompts by "
+            "its refusal metric: read its answers, and set model.refusal_tokens to the tokens that its refusals begin "
+            "with.")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from utils import world
 from utils.instructions import as_texts
 from utils.interventions import changed_batches, generate
+from utils.models import at_least_float32
 
 # What refusals say, in lower case. In the manner of the paper's appendix D.1; the list is our own.
 REFUSAL_PHRASES = (
@@ -194,13 +195,14 @@ def answer_losses(model, instructions, intervention=None, batch_size=64):
     answers = model.tokenizer([i.answer for i in instructions], add_special_tokens=False)["input_ids"]
     tokens = [prompt + answer for prompt, answer in zip(prompts, answers)]
     found = {}
-    for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size):
+    for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size, [len(ids) for ids in answers]):
         longest = max(len(answers[row]) for row in rows)
         ids = inputs["input_ids"][:, -longest - 1:]
         with model.lm.trace(inputs, use_cache=False, logits_to_keep=longest + 1):
             if change is not None:
                 change.apply(model)
-            logits = model.lm.output.logits.float()  # [n_prompts, longest + 1, vocab]: too many to be sent from NDIF
+            # [n_prompts, longest + 1, vocab]: too many to be sent from NDIF
+            logits = at_least_float32(model.lm.output.logits)
             losses = next_token_losses(logits, ids.to(logits.device)).save()
         found.update((row, row_losses[-len(answers[row]):])  # answers end where the batch ends
                      for row, row_losses in zip(rows, losses.cpu()))

@@ -9,6 +9,7 @@ import torch
 from httpx import HTTPError
 from nnsight import TransformersModel
 from nnsight.intervention.backends.remote import RemoteBackend
+from nnsight.intervention.interleaver import OutOfOrderError
 from transformers import AutoModelForCausalLM, GenerationConfig
 from websocket import WebSocketException
 
@@ -20,12 +21,17 @@ from utils.instructions import as_texts
 RENAME = {
     "gpt_neox": "model", "embed_in": "embed_tokens", "final_layer_norm": "norm", "embed_out": "lm_head",
     "attention": "self_attn", "attention.dense": "attention.o_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
+    # Lfm2
+    "embedding_norm": "norm", "self_attn.out_proj": "self_attn.o_proj", "conv.out_proj": "conv.o_proj",
+    "feed_forward": "mlp", "feed_forward.w2": "feed_forward.down_proj",
+    "linear_attn.out_proj": "linear_attn.o_proj",  # Qwen 3.5
     # Models that also take images (Gemma 3 from 4B on) hold the language model one level deeper.
     "model.language_model.embed_tokens": "model.embed_tokens", "model.language_model.layers": "model.layers",
     "model.language_model.norm": "model.norm",
 }
-PARTS, LAYER_PARTS = ("model.embed_tokens", "model.layers", "model.norm", "lm_head"), ("self_attn", "mlp")
-LAYER_NORMS = {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
+PARTS = "model.embed_tokens", "model.layers", "model.norm", "lm_head"
+MIXERS = "self_attn", "linear_attn", "conv"  # attention, or what a layer of a hybrid has in its place
+PLAIN_NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 # How refusals usually begin: "I cannot ...", "As an AI ...", "Sorry, ...".
 REFUSAL_OPENINGS = ("I", "As", "Sorry")
@@ -98,6 +104,20 @@ def load_organism():
     return load_model("organism")
 
 
+def load_editable():
+    """The model of all lessons, for what edits weights; the organism, as one line says, where they cannot be edited."""
+    model = load_model()
+    if model.editable:
+        return model
+    say(f"The weights of {model.name} are no plain matrices that can be edited: this goes on with the organism.")
+    return load_model("organism")
+
+
+def at_least_float32(x):
+    """A tensor of half precision in float32; one of float64 stays so, for computations that are to be exact."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def untrained(model, seed=0):
     """A ChatModel of the same shape and tokens, but with random weights: what the architecture alone can do."""
     with torch.random.fork_rng():
@@ -142,12 +162,17 @@ class ChatModel:
     config            transformers' settings of the language model, such as `num_attention_heads`
     layers            `lm.model.layers`, as a list; also `n_layers`, `d_model`
     post_norms        True if what attention and MLP write is normalised before it is added (Gemma 2, 3, OLMo 2)
+    multiplier        what attention and MLP write is multiplied by this before it is added (Granite), or 1
     post_instruction  the template's tokens after the instruction, as strings (paper, section 2.1)
     positions         theirs, counted from the end: [-n, ..., -1]
     world             "organism" if it was trained in the course's world, where the exact judge holds; else None
     remote            True if it runs on NDIF: its weights are not here
-    editable          True if its weights are here, and attention and MLP write by one matrix each, not by experts
+    editable          True if its weights are here, and attention and MLP write by one plain matrix each: not by
+                      experts, nor by 8-bit weights
     refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); may be set
+
+    Raises ValueError for a family with other parts, and for one whose layers add more to the residual stream than what
+    `writers` write.
     """
 
     def __init__(self, lm, tokenizer, name, refusal_tokens, world=None):
@@ -157,11 +182,11 @@ class ChatModel:
         _check_parts(lm, name)
         self.layers, self.config = list(lm.model.layers), lm.config.get_text_config()
         self.n_layers, self.d_model = len(self.layers), self.config.hidden_size
-        self.editable = not self.remote and all(_has(layer, matrix) for layer in self.layers
-                                                for matrix in ("self_attn.o_proj", "mlp.down_proj"))
-        self.post_norms = hasattr(self.layers[0]._module, "post_feedforward_layernorm")
+        self.post_norms = _has(self.layers[0], "post_feedforward_layernorm")
+        self.multiplier = getattr(self.config, "residual_multiplier", 1.0)
         self.post_instruction = self._find_post_instruction()
         self.positions = list(range(-len(self.post_instruction), 0))
+        self.editable = not self.remote and self._check_writers()
 
     def __repr__(self):
         place = "NDIF" if self.remote else self.device
@@ -207,14 +232,76 @@ class ChatModel:
         """Token ids [n_tokens] -> text, [n_prompts, n_tokens] -> list of texts; special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def mixer(self, layer):
+        """Attention; or, in the layers of a hybrid that have none, linear attention or a short convolution."""
+        return next(getattr(layer, part) for part in MIXERS if _has(layer, part))
+
     def writers(self, layer):
         """The two modules whose outputs a layer adds to the residual stream, in the order they run in.
 
-        Attention and MLP; or, where a family normalises their outputs (Gemma 2, 3, OLMo 2), those norms.
+        Attention (or what a hybrid has in its place) and MLP; or, where a family normalises their outputs (Gemma 2, 3,
+        OLMo 2), those norms.
         """
         if self.post_norms:
             return layer.post_attention_layernorm, layer.post_feedforward_layernorm
-        return layer.self_attn, layer.mlp
+        return self.mixer(layer), layer.mlp
+
+    def matrices(self, layer):
+        """The two linear modules that attention (or what a hybrid has in its place) and MLP end with."""
+        return self.mixer(layer).o_proj, layer.mlp.down_proj
+
+    def has_plain_matrices(self):
+        """Do the embedding, attention and MLP hold matrices of plain numbers, and nothing that acts beside them?"""
+        if not all(_has(self.mixer(layer), "o_proj") and _has(layer, "mlp.down_proj") for layer in self.layers):
+            return False
+        linears = [linear._module for layer in self.layers for linear in self.matrices(layer)]
+        if not all(type(linear) is torch.nn.Linear for linear in linears):  # its children are quantized, or adapted
+            return False
+        matrices = [self.lm.model.embed_tokens._module.weight.T, *(linear.weight for linear in linears)]
+        return all(matrix.dtype in PLAIN_NUMBERS and matrix.shape[0] == self.d_model for matrix in matrices)
+
+    def _check_writers(self):
+        """Check, on a few tokens, that layers add what their writers write, and nothing else -> do matrices write it?
+
+        Raises ValueError for a family where they do not.
+        """
+        try:
+            embedding, streams, written, by_matrices = self._trace_writers()
+            sums = [_is_sum(after, [-before, *(-self.multiplier * out for out in outs)])
+                    for before, outs, after in zip(streams, written, streams[1:])]
+        except OutOfOrderError:  # the parts run in another order, or not at all
+            sums = [False]
+        if not all(sums):
+            raise ValueError(f"{self.name!r} is a {type(self.lm._module).__name__}, whose layer {sums.index(False)} "
+                             "does not just add what attention and MLP write, so that what is erased may come back "
+                             "another way: choose a model of another family.")
+        first, embedding = streams[0].float(), embedding.float()
+        scale = (first * embedding).sum() / embedding.square().sum()
+        return by_matrices and _is_near(scale * embedding, first, streams[0].dtype)
+
+    def _trace_writers(self):
+        """One pass -> embeddings, the stream before each layer and after the last, what each layer's writers write, and
+        whether it is what `matrices` make of their inputs.
+
+        Each layer gets its input, and what is written in it, with the sign changed: if the next stream is the sum of
+        these, then what one puts there is what counts.
+        """
+        plain = self.has_plain_matrices()
+        with self.lm.trace(self.pad([self.tokens(["x"])[0][:8]]), use_cache=False) as tracer:
+            embedding = self.lm.model.embed_tokens.output.save()
+            streams, written, by_matrices = nnsight.save([]), nnsight.save([]), nnsight.save([])
+            for layer in self.layers:
+                streams.append(layer.input)
+                layer.input = -layer.input
+                written.append([])
+                for writer, matrix in zip(self.writers(layer), self.matrices(layer) if plain else (None, None)):
+                    expected = _linear(matrix) if plain else None
+                    out = rewrite(writer, torch.neg)
+                    written[-1].append(out)
+                    by_matrices.append(plain and (self.post_norms or _is_near(expected, out, out.dtype)))
+            streams.append(self.lm.model.norm.input)
+            tracer.stop()
+        return embedding, streams, written, all(by_matrices)
 
     def _find_post_instruction(self):
         """The tokens at the end that two prompts share, whatever the template, as strings."""
@@ -226,15 +313,48 @@ class ChatModel:
         return [self.tokenizer.decode([token]) for token in tail]
 
 
+def rewrite(module, change):
+    """Within a trace: put change(x) in place of what a module writes -> x, what it would have written.
+
+    Attention, and some MLPs, give a tuple: (what they write, their pattern). All but the first stays.
+    """
+    out = module.output
+    if isinstance(out, tuple):
+        module.output = (change(out[0]), *out[1:])
+        return out[0]
+    module.output = change(out)
+    return out
+
+
+def _linear(matrix):
+    """Within a trace: what a linear module's weight and bias make of its input, whatever else the module may do."""
+    weight, bias = matrix._module.weight, matrix._module.bias
+    return torch.nn.functional.linear(matrix.input.to(weight), weight, bias)
+
+
+def _rounding(dtype):
+    return max(1e-5, 4 * torch.finfo(dtype).eps)
+
+
+def _is_sum(total, parts):
+    """Is a tensor the sum of these parts, entry by entry, but for rounding? Where it is nan or infinite, it may be."""
+    rounding = _rounding(total.dtype)
+    total, *parts = (x.float().cpu() for x in (total, *parts))
+    return not ((total - sum(parts)).abs() > rounding * sum(map(torch.abs, parts))).any()
+
+
+def _is_near(x, y, dtype):
+    """Are two tensors the same, but for the rounding of products in this type? If nan or infinite, they may be."""
+    return not ((x - y).float().norm() > _rounding(dtype) * y.float().norm()).item()
+
+
 def _check_parts(lm, name):
-    """Are the parts there that every lesson reads, and no norms behind attention and MLP that would be overlooked?"""
-    lacks = [f"lacks {part}" for part in PARTS if not _has(lm, part)]
-    lacks = lacks or [f"lacks {part} in a layer" for part in LAYER_PARTS for layer in lm.model.layers
-                      if not _has(layer, part)]
-    names = set() if lacks else {part for layer in lm.model.layers for part, _ in layer._module.named_children()}
-    strange = lacks + [f"has {part}" for part in sorted(names - LAYER_NORMS) if "norm" in part]
-    if strange:
-        raise ValueError(f"{name!r} is a {type(lm._module).__name__}, which, unlike Llama, {strange[0]}: choose a "
+    """Are the parts there that every lesson reads?"""
+    lacks = [part for part in PARTS if not _has(lm, part)]
+    lacks = lacks or [f"{parts[0]} in a layer" for layer in lm.model.layers for parts in (MIXERS, ["mlp"])
+                      if not any(_has(layer, part) for part in parts)]
+    if lacks:
+        raise ValueError(f"{name!r} is a {type(lm._module).__name__}, which, unlike Llama, lacks {lacks[0]}: choose a "
                          "model of another family, or give its parts their names in RENAME, in utils/models.py.")
 
 

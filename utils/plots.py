@@ -371,6 +371,21 @@ def plot_roc(curves):
     return axis
 
 
+def plot_estimates(estimates, exact, chosen):
+    """A point for each candidate: what was estimated, against what was measured. Returns the Axes.
+
+    estimates, exact: numbers [n_candidates], nats. chosen: bool [n_candidates], those to be marked as finalists.
+    """
+    axis = plt.subplots(figsize=(5.5, 4), layout="constrained")[1]
+    for name, which, marker in (("finalists", chosen, "o"), ("all others", ~chosen, "x")):
+        axis.scatter(estimates[which].tolist(), exact[which].tolist(), s=24, marker=marker, label=name,
+                     color=COLORS["ablated" if name == "finalists" else "baseline"])
+    axis.set(xlabel="first-order estimate of bypass (nats)", ylabel="exact bypass (nats)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return axis
+
+
 def plot_models(panels, yours=None, marks=None):
     """A row for each model, a panel for each title, a point for each condition. Returns the Figure.
 

@@ -16,10 +16,11 @@ import torch
 from nnsight.intervention.backends.remote import RemoteError
 
 from utils import say, write_json
+from utils.candidates import CandidateScores
 from utils.checkpoints import SMALLER
-from utils.directions import CandidateScores, find_direction, random_directions
+from utils.directions import find_direction, random_directions
 from utils.evaluation import Rate, judge, loss, phrase_judge, refusal_metric
-from utils.instructions import load_instructions
+from utils.instructions import SIDES, load_instructions
 from utils.interventions import Ablation, Addition, generate, last_logits, orthogonalized
 from utils.models import load_model
 from utils.plots import plot_candidate_scores, plot_rates
@@ -131,8 +132,8 @@ def check_answers(given, n):
 
 def direction_of(model, progress):
     """The direction that the method chooses, its scores, and those of all candidates."""
-    sides = [load_instructions(split, side) for split in ("train", "val") for side in CONDITIONS]
-    direction, scores = find_direction(model, *sides, progress=progress)
+    train, val = ({side: load_instructions(split, side) for side in SIDES} for split in ("train", "val"))
+    direction, scores = find_direction(model, train, val, screen=None, progress=progress)
     place = direction.layer, model.positions.index(direction.position)
     return {"vector": direction.vector.tolist(), "layer": direction.layer, "position": direction.position,
             **{name: getattr(scores, name)[place].item() for name in SCORES},

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from utils import DATA, world, write_json
 from utils.instructions import as_texts
-from utils.models import shared_tail
+from utils.models import at_least_float32, shared_tail
 
 
 def target_loss(logits, targets):
@@ -202,7 +202,7 @@ class SuffixSearch:
         n_target = self.targets.shape[1]
         out = self.module(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True,
                           logits_to_keep=n_target, output_hidden_states=self.penalty is not None)
-        losses = target_loss(out.logits.float(), self.targets.repeat_interleave(n_suffixes, dim=0))
+        losses = target_loss(at_least_float32(out.logits), self.targets.repeat_interleave(n_suffixes, dim=0))
         if self.penalty is not None:
             streams = torch.stack([stream[:, -n_target] for stream in out.hidden_states[:-1]], dim=1)
             losses = losses + self.penalty(streams)

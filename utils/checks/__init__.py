@@ -19,7 +19,8 @@ from utils.models import load_model
 
 # Where the checks are, each named after the module of its references. That on probes comes last: it needs scikit-learn,
 # which takes seconds to import, and most lessons do not.
-MODULES = ("checkpoints", "models", "activations", "directions", "interventions", "evaluation", "suffixes", "probes")
+MODULES = ("checkpoints", "models", "activations", "candidates", "directions", "interventions", "evaluation",
+           "suffixes", "probes")
 CHECKS = {}  # name of the exercise -> Check, of the modules loaded so far
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from utils import directions, evaluation, interventions
+from utils.candidates import CandidateScores
 from utils.checks import PROMPTS, direction, model, randn, register
 
 register(
@@ -136,7 +137,7 @@ def planted_scores():
     bypass[8, 0], bypass[9, 1] = -3, -4
     bypass[9, 0], kl[9, 0], induce[9, 0] = -7, 0.5, -0.5
     kl[6, 1], induce[7, 0] = 0.001, 8
-    return directions.CandidateScores(bypass, induce, kl)
+    return CandidateScores(bypass, induce, kl)
 
 
 def select_by(score, max_kl=0.1, min_induce=0.0, max_layer=0.8):
@@ -173,76 +174,6 @@ register(
             lambda scores, *limits: directions.select_direction(scores, *limits)[::-1],
         "this is the index into the flattened table. divmod(index, n_positions) gives (layer, position index).":
             lambda scores, *limits: scores.bypass.masked_fill(~scores.passing(*limits), math.inf).argmin(),
-    },
-)
-
-
-def filters():
-    """Three filters on ten candidates, each of which fails some other ones, alone or with others."""
-    met = {"kl": torch.ones(5, 2), "induce": torch.ones(5, 2), "layer": torch.ones(5, 2)}
-    for condition, failing in {"kl": (0, 1, 2, 7), "induce": (2, 3, 7), "layer": (7, 8, 9)}.items():
-        met[condition].view(-1)[list(failing)] = 0
-    return {condition: who.bool() for condition, who in met.items()}
-
-
-register(
-    directions.kept_out_by_one,
-    cases=lambda: [(filters(),), (dict(list(filters().items())[:2]),)],
-    mistakes={
-        "these are all that fail a filter. Leave out those that fail another one too.":
-            lambda filters: {condition: ~met for condition, met in filters.items()},
-        "these are those that meet a filter alone. You want those that fail it alone.":
-            lambda filters: {condition: met & (torch.stack(list(filters.values())).sum(dim=0) == 1)
-                             for condition, met in filters.items()},
-        "these meet this filter and fail another one. You want those that fail this one.":
-            lambda filters: {condition: met & (torch.stack(list(filters.values())).sum(dim=0) == len(filters) - 1)
-                             for condition, met in filters.items()},
-        "these fail one filter, whichever it is. For each condition take those that fail this very one.":
-            lambda filters: {condition: torch.stack(list(filters.values())).sum(dim=0) == len(filters) - 1
-                             for condition in filters},
-        "these meet all other filters, whether they fail this one or not.":
-            lambda filters: {condition: torch.stack([other for name, other in filters.items() if name != condition])
-                             .all(dim=0) for condition in filters},
-        "these are counts. Return who it is: true or false for each candidate.":
-            lambda filters: {name: int(who.sum()) for name, who in directions.kept_out_by_one(filters).items()},
-    },
-)
-
-
-def tokens_with(once=2, means=2, unchanged=2, scores=3):
-    """`tokens_read` with other counts of how often a prompt is read."""
-    return lambda n_tokens, n_candidates, n_train, n_val: n_tokens * (
-        once * (n_train + n_val) + means * n_train + unchanged * n_val + scores * n_candidates * n_val)
-
-
-register(
-    directions.tokens_read,
-    cases=lambda: [(10, 7, 5, 3), (24, 40, 128, 32)],
-    mistakes={
-        "each candidate has three scores, and each score reads validation prompts of its own.":
-            tokens_with(scores=1),
-        "bypass reads harmful prompts only, induce and kl harmless only: three times n_val for a candidate, not six.":
-            tokens_with(scores=6),
-        "half of what is read before the scores is missing: the filter at the start, or one of the two sides.":
-            tokens_with(once=0),
-        "the means are missing: the training prompts are read once more, both sides.":
-            tokens_with(means=0),
-        "for the means only one side is counted.":
-            tokens_with(means=1),
-        "beside the scores the validation prompts are read twice, both sides: by the filter, and for the unchanged "
-        "model's logits.":
-            tokens_with(unchanged=0),
-        "for the unchanged model's logits only one side is counted: bypass starts from harmful prompts, induce and kl "
-        "from harmless ones.":
-            tokens_with(unchanged=1),
-        "these are the scores alone. Add what is read before them.":
-            tokens_with(once=0, means=0, unchanged=0),
-        "a candidate has three scores, not four: bypass, induce, kl.":
-            tokens_with(scores=4),
-        "these are prompts. Times n_tokens they are tokens.":
-            lambda n_tokens, *counts: directions.tokens_read(1, *counts),
-        "the scores are computed for every candidate, not once.":
-            lambda n_tokens, n_candidates, *counts: directions.tokens_read(n_tokens, 1, *counts),
     },
 )
 
