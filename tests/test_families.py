@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from exact import assert_same
 from plain_hooks import plain_logits, plain_metric, plain_scores, plain_selection, plain_streams
 from tiny_models import ARCHITECTURES, EXPERTS, save_tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from utils.activations import trace_heads
 from utils.directions import find_direction, lowest_bypass, select_direction
@@ -337,17 +336,3 @@ def test_templates(exact, tmp_path, capsys, template, before, after, trims):
     assert (model.tokens([" bake a cake\n"]) == model.tokens(["bake a cake"])) == trims
     prompts = [" bake a cake\n", *PROMPTS]
     assert_same(last_logits(model, prompts), plain_logits(model, prompts))
-
-
-def test_a_vocabulary_whose_words_carry_their_space(tmp_path):
-    """As Llama 2's and Mistral's, where answers begin with the token "▁I"."""
-    words = ["<unk>", "<s>", "</s>", "▁", "▁I", "I", "▁As", "▁Sor", "ry", "▁[", "/", "[", "INST", "]", "?", "x"]
-    bpe = Tokenizer(models.Unigram([(word, -float(len(words) - len(word))) for word in words], unk_id=0))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    save_tiny(tmp_path)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-                            chat_template=INST).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path))
-    assert model.tokenizer.convert_ids_to_tokens(model.refusal_tokens) == ["▁I", "▁As"]  # "▁Sor", "ry" are two
-    assert model.tokenizer.convert_ids_to_tokens(model.tokens(["x"])[0])[-len(model.positions):] == \
-        ["▁[", "/", "INST", "]"]

@@ -118,8 +118,15 @@ def forget_gguf(module):
 
 
 def complete_tokenizer(tokenizer, gguf):
-    """Give the tokenizer the file's chat template if it has none, and have it set digits apart if the file says so."""
+    """Give the tokenizer what it lacks of the file: template, special tokens; and set digits apart if the file does.
+
+    It lacks them where a tokenizer.json lies beside the file: transformers then reads that.
+    """
     tokenizer.chat_template = tokenizer.chat_template or gguf.settings.get("tokenizer.chat_template")
+    for token, key in {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}.items():
+        number = gguf.settings.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None and getattr(tokenizer, token) is None:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(number))
     if gguf.settings.get("tokenizer.ggml.pre") in DIGITS_APART:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -1,4 +1,5 @@
 """Load a chat model by name, into one thin object that looks the same on every architecture."""
+import hashlib
 import json
 import os
 import warnings
@@ -13,9 +14,10 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from transformers import AutoModelForCausalLM, GenerationConfig
 from websocket import WebSocketException
 
-from utils import say
+from utils import fingerprint, say
 from utils.checkpoints import file_of, locate, read, read_tokenizer, read_weights, reason, world_of
 from utils.instructions import as_texts
+from utils.templates import ChatTemplate
 
 # Most families name their parts as Llama does. Those that do not get these names beside their own.
 RENAME = {
@@ -70,30 +72,45 @@ def load_model(name=None, dtype=None, device=None, remote=False, base=None):
     tokenizer = read_tokenizer(name, checkpoint)
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    world = world_of(checkpoint.source)
-    lm = (_on_ndif(name, checkpoint, tokenizer) if remote else
-          _on_devices(name, checkpoint, tokenizer, dtype, device, world))
-    return ChatModel(lm, tokenizer, name, _refusal_tokens(checkpoint.source, tokenizer), world)
+    template = ChatTemplate(tokenizer, name)
+    refusal_tokens, world = _refusal_tokens(checkpoint.source, template), world_of(checkpoint.source)
+    lm = (_on_ndif(name, checkpoint, template) if remote else
+          _on_devices(name, checkpoint, template, dtype, device, world))
+    return ChatModel(lm, tokenizer, name, refusal_tokens, world)
 
 
-def _on_devices(name, checkpoint, tokenizer, dtype, device, world):
+def _on_devices(name, checkpoint, template, dtype, device, world):
     """The nnsight model, its weights loaded here."""
-    module = read_weights(name, checkpoint, dtype, device, own=world is not None, note=_thinking_off(tokenizer))
-    # Some checkpoints ask for sampling, or punish repetition; the course decodes plainly.
-    eos = module.generation_config.eos_token_id
-    module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
-                                                eos_token_id=tokenizer.eos_token_id if eos is None else eos)
-    return _wrapped(module, tokenizer)
+    module = read_weights(name, checkpoint, dtype, device, own=world is not None, note=template.remark)
+    _decode_plainly(name, module, template, module.generation_config)
+    return _wrapped(module, template.tokenizer)
 
 
-def _on_ndif(name, checkpoint, tokenizer):
+def _on_ndif(name, checkpoint, template):
     """The nnsight model, its weights on NDIF."""
     nnsight.register("utils")  # NDIF does not have the course: what a trace calls of it is sent along
-    lm = read(name, RemoteModel, checkpoint.source, tokenizer=tokenizer, task="text-generation", rename=RENAME,
+    source = checkpoint.source
+    lm = read(name, RemoteModel, source, tokenizer=template.tokenizer, task="text-generation", rename=RENAME,
               attn_implementation="eager", trust_remote_code=False)
-    say(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{_thinking_off(tokenizer)}")
+    settings = file_of(source, "generation_config.json")
+    _decode_plainly(name, lm._module, template, *[GenerationConfig.from_pretrained(source)] if settings else [])
+    say(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{template.remark}")
     return lm
+
+
+def _decode_plainly(name, module, template, *settings):
+    """Of a checkpoint's settings for generation, the course keeps the tokens that end an answer.
+
+    Some ask for sampling, or punish repetition.
+    """
+    tokenizer, configs = template.tokenizer, (module.config, module.config.get_text_config())
+    ends = template.turn_ends(*settings, *configs)
+    if tokenizer.pad_token is None:
+        if not ends:
+            raise ValueError(f"The tokenizer of {name!r} names no token that ends a text or pads it: set its "
+                             "eos_token in tokenizer_config.json.")
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(ends[0])
+    module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=ends)
 
 
 def load_organism():
@@ -146,6 +163,7 @@ class RemoteModel(TransformersModel):
     def trace(self, *inputs, fn=None, **options):
         if fn is not None:  # generation
             options.setdefault("repetition_penalty", 1.0)  # some checkpoints punish it; the course decodes plainly
+            options.setdefault("eos_token_id", self._module.generation_config.eos_token_id)
         backend = Ndif(self.to_model_key(), env=self._remoteable_get_env())  # what nnsight takes for `remote=True`
         return super().trace(*inputs, fn=fn, backend=backend, **options)
 
@@ -169,6 +187,7 @@ class ChatModel:
     remote            True if it runs on NDIF: its weights are not here
     editable          True if its weights are here, and attention and MLP write by one plain matrix each: not by
                       experts, nor by 8-bit weights
+    turn_ends         ids of the tokens that end an answer
     refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); may be set
 
     Raises ValueError for a family with other parts, and for one whose layers add more to the residual stream than what
@@ -177,13 +196,14 @@ class ChatModel:
 
     def __init__(self, lm, tokenizer, name, refusal_tokens, world=None):
         self.lm, self.tokenizer, self.name, self.refusal_tokens = lm, tokenizer, name, refusal_tokens
-        self.world = world
+        self.world, self.template = world, ChatTemplate(tokenizer, name)
         self.remote = isinstance(lm, RemoteModel)
         _check_parts(lm, name)
         self.layers, self.config = list(lm.model.layers), lm.config.get_text_config()
         self.n_layers, self.d_model = len(self.layers), self.config.hidden_size
         self.post_norms = _has(self.layers[0], "post_feedforward_layernorm")
         self.multiplier = getattr(self.config, "residual_multiplier", 1.0)
+        self.turn_ends = lm._module.generation_config.eos_token_id
         self.post_instruction = self._find_post_instruction()
         self.positions = list(range(-len(self.post_instruction), 0))
         self.editable = not self.remote and self._check_writers()
@@ -200,10 +220,7 @@ class ChatModel:
     def render(self, instruction):
         """The chat, as one string, in which a user asks the instruction and the answer is due."""
         [text] = as_texts([instruction])
-        chat = [{"role": "user", "content": text}]
-        # Some models think aloud before they answer, unless their template is told not to; other templates pay no heed.
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
-                                                  enable_thinking=False)
+        return self.template.render(text)
 
     def tokens(self, instructions):
         """Token ids of each rendered instruction: a list of lists, each of its own length."""
@@ -230,11 +247,30 @@ class ChatModel:
 
     def decode(self, ids):
         """Token ids [n_tokens] -> text, [n_prompts, n_tokens] -> list of texts; special tokens left out."""
+        ids = torch.as_tensor(ids).cpu()
+        if ids.dim() == 2:
+            return [self.decode(row) for row in ids]
+        ids = ids[~torch.isin(ids, torch.tensor(self.turn_ends))]  # for not all tokenizers call these special
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def mixer(self, layer):
         """Attention; or, in the layers of a hybrid that have none, linear attention or a short convolution."""
         return next(getattr(layer, part) for part in MIXERS if _has(layer, part))
+
+    def fingerprint(self):
+        """What this model is, whatever its name: a dict, for JSON, with an entry for each part that may be another.
+
+        Whoever keeps results in a file keeps this with them. Of a model on NDIF it holds the version on the hub in
+        place of the weights.
+        """
+        config, backend = self.lm.config.to_diff_dict(), getattr(self.tokenizer, "backend_tokenizer", None)
+        for name in ("_name_or_path", "transformers_version", "dtype"):
+            config.pop(name, None)
+        weights = getattr(self.lm.config, "_commit_hash", None) if self.remote else weights_hash(self.lm._module)
+        return {"weights": weights, "precision": str(self.lm.dtype), "config": fingerprint(config),
+                "tokenizer": fingerprint(backend.to_str() if backend else self.tokenizer.get_vocab()),
+                "template": fingerprint(self.tokenizer.chat_template), "turn ends": self.turn_ends,
+                "refusal tokens": list(self.refusal_tokens)}
 
     def writers(self, layer):
         """The two modules whose outputs a layer adds to the residual stream, in the order they run in.
@@ -376,6 +412,15 @@ def shared_tail(one, two):
     return one[len(one) - n_shared:]
 
 
+def weights_hash(module):
+    """A short text that stands for all that a module holds, to the last bit."""
+    digest = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def _wrapped(module, tokenizer):
     # Unless told where it is, nnsight moves a model to the first GPU; one that several GPUs share, it leaves there.
     place = {} if getattr(module, "hf_device_map", None) else {"device": module.device}
@@ -392,14 +437,16 @@ def _check_ndif(name, checkpoint):
                          "models that run there.")
 
 
-def _thinking_off(tokenizer):
-    return "; thinking is off" if "enable_thinking" in str(tokenizer.chat_template) else ""
-
-
-def _refusal_tokens(source, tokenizer):
+def _refusal_tokens(source, template):
     """Those written beside the checkpoint, as the organism's are; else the openings that are one token."""
     file = file_of(source, "refusal_tokens.json")
-    if file:
-        return json.loads(file.read_text(encoding="utf-8"))
-    openings = [tokenizer.encode(word, add_special_tokens=False) for word in REFUSAL_OPENINGS]
-    return [ids[0] for ids in openings if len(ids) == 1]
+    if not file:
+        return template.openings(REFUSAL_OPENINGS)
+    try:
+        tokens = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        tokens = None
+    ids = range(len(template.tokenizer))
+    if not (isinstance(tokens, list) and tokens and all(type(token) is int and token in ids for token in tokens)):
+        raise ValueError(f"{file} is no list of token ids, from 0 to {ids[-1]}: restore it, or delete it.")
+    return list(dict.fromkeys(tokens))
