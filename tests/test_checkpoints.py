@@ -78,13 +78,13 @@ def assert_same(model, other, tolerance=1e-4):
 
 
 FAMILIES = {  # what a file does not say is as in all models of the family
-    "llama, tied": {"tie_word_embeddings": True}, "llama, untied": {"tie_word_embeddings": False}, "qwen2": {},
-    "qwen2, tied": {"tie_word_embeddings": True}, "qwen3, wide heads": {"head_dim": 16},
-    "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 256},
+    "llama, tied": {"tie_word_embeddings": True}, "qwen2": {},
     "gemma3_text": {"layer_types": ["sliding_attention"] * 4, "query_pre_attn_scalar": 256},
     "llama, turned as from 3.1 on": {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 10.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192}},
+    "llama, untied": {"tie_word_embeddings": False}, "qwen2, tied": {"tie_word_embeddings": True},
+    "qwen3, wide heads": {"head_dim": 16}, "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 256},
 }
 
 
@@ -97,7 +97,12 @@ def rope_factors(module):
     return {"rope_freqs.weight": plain / module.model.rotary_emb.inv_freq}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def first(n, names):
+    """Those of `make test`: the first few names. The others are slow."""
+    return [name if place < n else pytest.param(name, marks=pytest.mark.slow) for place, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("family", first(4, FAMILIES))
 def test_a_gguf_file_computes_what_its_checkpoint_does(tmp_path, family, capsys):
     folder = save_tiny(tmp_path / "checkpoint", family.split(",")[0], **FAMILIES[family])
     model = load_model(folder)
@@ -121,8 +126,15 @@ def test_a_gguf_file_of_few_bits_has_the_weights_that_these_bits_say(tmp_path, c
         expected = dequantized(weight, "Q8_0") if weight.dim() == 2 else weight
         torch.testing.assert_close(other, expected, rtol=0, atol=0, msg=name)
     assert not torch.equal(gguf.lm.lm_head.weight, model.lm.lm_head.weight)
-    half = load_model(save_gguf(folder, kind="Q8_0"), dtype=torch.bfloat16)
-    assert {weight.dtype for weight in half.lm.parameters()} == {torch.bfloat16}
+    double = load_model(save_gguf(folder, kind="Q8_0"), dtype=torch.float64)
+    assert {weight.dtype for weight in double.lm.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("kind, dtype", [("Q8_0", torch.bfloat16), ("F16", torch.float16), ("BF16", torch.bfloat16)])
+def test_a_gguf_file_is_in_half_precision_where_memory_is_short(tmp_path, monkeypatch, kind, dtype):
+    path = save_gguf(save_tiny(tmp_path / "checkpoint"), kind=kind)
+    monkeypatch.setattr(checkpoints, "memory_free", lambda device: 3 * 47_680)  # room for 2 bytes a weight, not for 4
+    assert {weight.dtype for weight in load_model(path).lm.parameters()} == {dtype}
 
 
 def test_a_model_from_a_gguf_file_is_like_any_other(tmp_path):
@@ -248,17 +260,17 @@ def assert_merged(model, adapted, saved):
 
 ADAPTERS = {
     "LoRA": ("llama", {}),
-    "DoRA": ("llama", {"use_dora": True}),
     "tied, embedding and head": ("qwen2", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
-    "tied, the embedding alone": ("qwen2", {"target_modules": ["embed_tokens"]}),
     "tied, the head saved whole": ("qwen2", {"modules_to_save": ["lm_head"]}),
+    "DoRA": ("llama", {"use_dora": True}),
+    "tied, the embedding alone": ("qwen2", {"target_modules": ["embed_tokens"]}),
     "tied, the embedding saved whole": ("qwen2", {"modules_to_save": ["embed_tokens"]}),
     "tied, both saved whole": ("gemma", {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "norms saved whole": ("llama", {"modules_to_save": ["input_layernorm"]}),
 }
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", first(3, ADAPTERS))
 def test_an_adapter_is_merged_into_its_base(tmp_path, kind, capsys):
     architecture, settings = ADAPTERS[kind]
     base = save_tiny(tmp_path / "base", architecture, tie_word_embeddings=kind != "LoRA")
@@ -450,7 +462,7 @@ def test_no_code_of_a_checkpoint_is_run_and_nobody_is_asked(folder, tmp_path, mo
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "smolvlm", "t5"])
+@pytest.mark.parametrize("kind", first(1, ["smolvlm", "qwen2_5_vl", "t5"]))
 def test_a_type_that_is_no_text_model(folder, kind):
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(ValueError, match=f"is of the type {kind}, which is no text model that the course can load"):

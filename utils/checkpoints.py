@@ -167,6 +167,7 @@ def read_weights(name, checkpoint, dtype, device, own=False, note=""):
     if gguf and gguf.n_weights != n_weights:
         raise ValueError(f"{name!r} is a GGUF file of {gguf.n_weights:,} weights, where its family {gguf.family!r} has "
                          f"{n_weights:,}: transformers does not read it whole. Take the model's own folder or hub id.")
+    stored = gguf.dtype if gguf else config.dtype
     quantization = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if gguf:
         note = f", dequantized from a GGUF file in {gguf.quantization}{note}"
@@ -175,7 +176,7 @@ def read_weights(name, checkpoint, dtype, device, own=False, note=""):
     if checkpoint.adapter:
         note = f", with the adapter {checkpoint.adapter} merged into its weights{note}"
     devices = devices_of(device or ("cpu" if own else best_device()))
-    dtype = dtype or (torch.float32 if own else best_dtype(n_weights, config.dtype, devices[0]))
+    dtype = dtype or (torch.float32 if own else best_dtype(n_weights, stored, devices[0]))
     size, free, place = memory_needed(n_weights, dtype), sum(map(memory_free, devices)), ", ".join(map(str, devices))
     if size > free:
         raise MemoryError(f"{name!r} takes {size / 1e9:.1f} GB in {short(dtype)}, and {free / 1e9:.1f} GB are free on "

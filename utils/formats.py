@@ -32,6 +32,11 @@ class Gguf:
     n_weights: int
     turns: torch.Tensor | None
 
+    @property
+    def dtype(self):
+        """The precision that loses nothing of these weights, or less than their quantization did."""
+        return {"F32": torch.float32, "F16": torch.float16}.get(self.quantization, torch.bfloat16)
+
 
 def read_gguf(name, path, file):
     """The Gguf at a path, for the model of this name.
