@@ -83,6 +83,7 @@ FAMILIES = {  # what a file does not say is as in all models of the family
     "llama, turned as from 3.1 on": {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 10.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192}},
+    "llama, scaled": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10.0, "factor": 4.0}},
     "llama, untied": {"tie_word_embeddings": False}, "qwen2, tied": {"tie_word_embeddings": True},
     "qwen3, wide heads": {"head_dim": 16}, "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 256},
 }
@@ -354,6 +355,10 @@ BAD_ADAPTERS = {  # what was done to it: the sentence
                                 "does not fit .*, whose parts or shapes are others"),
     "prompt tuning": (of_prompts, ValueError, "is of the kind PROMPT_TUNING, which changes prompts and no weights"),
     "no base is named": (no_base, ValueError, "does not say which model it changes: load_model"),
+    "itself is the base": (lambda folder: configured(folder, base_model_name_or_path=str(folder)), ValueError,
+                           "does not say which model it changes: load_model"),
+    "the base has an adapter too": (lambda folder: save_adapter(folder.parent / "base", folder.parent / "base"),
+                                    ValueError, "which has an adapter of its own: merge that one into its weights"),
     "a kind that nobody knows": (lambda folder: configured(folder, peft_type="MINE"), OSError, "damaged, or of a kind"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), OSError, "is damaged, or of a kind"),
     "damaged weights": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(bytes(99)), OSError,
@@ -496,6 +501,8 @@ def test_a_gguf_file_of_a_hub(tmp_path, monkeypatch):
     assert_same(load_model("somebody/chat-GGUF/chat-F32.gguf"), load_model(str(path)), 1e-6)
     with pytest.raises(OSError, match="'somebody/chat-GGUF/other.gguf' could not be loaded"):
         load_model("somebody/chat-GGUF/other.gguf")
+    with pytest.raises(ValueError, match="say which GGUF file of 'somebody/chat-GGUF': somebody/chat-GGUF/FILE.gguf"):
+        load_model("somebody/chat-GGUF")
 
 
 def test_a_name_that_the_console_cannot_print(folder, monkeypatch):

@@ -31,6 +31,8 @@ def save_gguf(folder, path=None, kind="F32", leave_out=(), more=None, tensors=No
     rope = getattr(config, "rope_parameters", None) or {}
     settings = {f"{family}.{key}": getattr(config, name, None) for key, name in SETTINGS.items()}
     settings[f"{family}.rope.freq_base"] = rope.get("full_attention", rope).get("rope_theta")
+    if (linear := rope.get("full_attention", rope)).get("rope_type") == "linear":
+        settings |= {f"{family}.rope.scaling.type": "linear", f"{family}.rope.scaling.factor": linear["factor"]}
     settings |= {"general.file_type": gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}")].value}
     settings |= vocabulary(tokenizer) | (more or {})
     for key, value in settings.items():

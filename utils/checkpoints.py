@@ -68,6 +68,8 @@ def locate(name, base=None):
         raise FileNotFoundError(f"There is no model {name!r} ({path.absolute()}, nor in the course's folder): choose "
                                 f"{', '.join(course_names())}, a folder, a .gguf file, or a hub id (owner/name); "
                                 "`make model` builds the course's own.")
+    if not whole and not adapter and "gguf" in name.lower():
+        raise ValueError(f"Please say which GGUF file of {name!r}: {name}/FILE.gguf.")
     if base and not adapter:
         raise ValueError(f"{name!r} is no adapter, which has an {ADAPTER}: load it without base=.")
     if adapter and (base or not whole):
@@ -76,7 +78,7 @@ def locate(name, base=None):
         checkpoint = Checkpoint(source, find_gguf(name, source, file) if file else None)
     if adapter:
         library(name, "peft", f"its adapter ({adapter}) is merged into the weights")
-    return replace(checkpoint, adapter=source if adapter else checkpoint.adapter)
+    return replace(checkpoint, adapter=source if adapter else None)
 
 
 def path_of(name):
@@ -114,13 +116,17 @@ def find_gguf(name, source, file):
 def locate_base(name, adapter, base):
     """The Checkpoint of the model that an adapter was made for, which the file `adapter` names, or else `base`."""
     base = base or read(name, json.loads, adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    if not base or Path(base).resolve() == adapter.parent.resolve():
         raise ValueError(f"The adapter {name!r} does not say which model it changes: load_model(..., base=...) does.")
     try:
-        return locate(base)
+        checkpoint = locate(base)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The model {base!r}, which the adapter {name!r} changes, is not here: say where it "
                                 "is, load_model(..., base=...).") from error
+    if checkpoint.adapter:
+        raise ValueError(f"The adapter {name!r} changes {base!r}, which has an adapter of its own: merge that one into "
+                         "its weights first, and save them.")
+    return checkpoint
 
 
 def file_of(source, filename):
