@@ -5,6 +5,7 @@ through the tokenizer's own chat template.
 """
 import functools
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,10 +17,12 @@ WRITERS = {"self_attn", "attention", "linear_attn", "conv", "mlp", "feed_forward
 
 @functools.cache
 def plain_model(folder):
-    """(model, tokenizer) as transformers reads them, in float64."""
+    """(model, tokenizer) as transformers reads them, in float64; of a folder or a GGUF file."""
+    file = {"gguf_file": Path(folder).name} if folder.endswith(".gguf") else {}
+    folder = Path(folder).parent if file else folder
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager",
-                                                 experts_implementation="eager")
-    return model.requires_grad_(False), AutoTokenizer.from_pretrained(folder, padding_side="left")
+                                                 experts_implementation="eager", **file)
+    return model.requires_grad_(False), AutoTokenizer.from_pretrained(folder, padding_side="left", **file)
 
 
 def encoded(model, prompts):

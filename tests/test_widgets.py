@@ -119,3 +119,15 @@ def test_suffix_editor(llama, direction, shown, capsys):
         assert (plain.split("metric")[1] == suffixed.split("metric")[1]) == unchanged
         assert f"{prompts[0].text} {settings['suffix'].strip()}".strip() in unescape(shown[-1].data)
         matplotlib.pyplot.close("all")
+
+
+def test_the_metric_is_that_of_the_refusal_tokens_of_now(llama, direction, shown, capsys, monkeypatch):
+    """What was measured before they were replaced is not shown again."""
+    show = suffix_editor(llama, direction, load_instructions("test", "harmful", n=2), [(0, 1)]).f
+    metrics = []
+    for tokens in ([40], [7, 8]):
+        monkeypatch.setattr(llama, "refusal_tokens", tokens)
+        show(suffix="")
+        metrics.append(capsys.readouterr().out.split("metric")[1].split()[0])
+        matplotlib.pyplot.close("all")
+    assert metrics[0] != metrics[1]

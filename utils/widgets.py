@@ -105,7 +105,7 @@ def suffix_editor(model, direction, instructions, heads, start=""):
         outputs, _ = trace_heads(model, model.encode(prompts))
         written = head_attributions(outputs, matrices, direction.vector).mean(dim=0)
         last = residual_stream(model, prompts, positions=[-1])[:, :, 0]
-        return (refusal_metric(last_logits(model, prompts), refusal_tokens).mean().item(),
+        return (refusal_metric(last_logits(model, prompts), list(refusal_tokens)).mean().item(),
                 sum(written[head] for head in heads).item(), F.cosine_similarity(last, direction.vector, dim=-1))
 
     def show(suffix):
