@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from utils import world
+from utils import fingerprint, world
 
 HERE = Path(__file__).parent
 
@@ -164,13 +164,17 @@ def make_optimizers(network, stage):
 
 
 def train(network, draw, stage, name, state_file, on_step=lambda step: None):
-    """One stage, resumed from `state_file` if it is there."""
+    """One stage, resumed from `state_file` if it is there. Raises ValueError if that is of another recipe."""
     for number, layer in enumerate(network.model.layers):
         layer.self_attn.requires_grad_(number < stage["attention"])
     optimizers = make_optimizers(network, stage)
     done, steps = 0, stage["steps"]
+    recipe = fingerprint([stage, draw(random.Random(0), 8)])
     if state_file.exists():
         state = torch.load(state_file)
+        if state.get("recipe") != recipe:
+            raise ValueError(f"{state_file} was begun with another recipe or other texts: delete its folder, to begin "
+                             "anew, or go back to what it was begun with.")
         done = state["step"]
         network.load_state_dict(state["network"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -193,7 +197,7 @@ def train(network, draw, stage, name, state_file, on_step=lambda step: None):
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         on_step(step)
         if step % SAVE_EVERY == 0 or step == steps:
-            torch.save({"step": step, "network": network.state_dict(),
+            torch.save({"recipe": recipe, "step": step, "network": network.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, state_file)
     network.eval()
 

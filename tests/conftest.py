@@ -4,7 +4,7 @@ import pytest
 import torch
 from exact import Float64
 from hypothesis import settings
-from tiny_models import ARCHITECTURES, save_tiny
+from tiny_models import ARCHITECTURES, EXPERTS, HYBRIDS, save_tiny
 
 from utils.models import load_model
 
@@ -13,9 +13,10 @@ settings.register_profile("fast", max_examples=15, deadline=None, derandomize=Tr
 settings.register_profile("thorough", max_examples=300, deadline=None)
 settings.load_profile("fast")
 
-# Of each kind of family one, for the fast tests. Llama is the plain one; Qwen 2 has biases on what attention reads;
-# Gemma 2 has norms behind what is written, and a window; GPT-NeoX has other names, and biases everywhere.
-KINDS = ("llama", "qwen2", "gemma2", "gpt_neox")
+# Of each kind of family one, for the fast tests. Llama is the plain one; Gemma 2 has norms behind what is written, and
+# a window; GPT-NeoX has other names, and biases everywhere; Granite multiplies what is written; Qwen 3 MoE has experts;
+# most layers of LFM 2 have no attention.
+KINDS = ("llama", "gemma2", "gpt_neox", "granite", "qwen3_moe", "lfm2")
 
 
 def pytest_configure(config):
@@ -39,9 +40,26 @@ def exact():
         yield
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in ARCHITECTURES])
+def families(leaving_out=()):
+    return [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in ARCHITECTURES
+            if name not in leaving_out]
+
+
+@pytest.fixture(params=families())
 def model(request, load_tiny, exact):
     """A tiny random model, of each architecture in turn."""
+    return load_tiny(request.param)
+
+
+@pytest.fixture(params=families(leaving_out=EXPERTS))
+def editable(request, load_tiny, exact):
+    """The same, without those whose weights cannot be edited."""
+    return load_tiny(request.param)
+
+
+@pytest.fixture(params=families(leaving_out=HYBRIDS))
+def attentive(request, load_tiny, exact):
+    """The same, without those whose layers do not all have attention."""
     return load_tiny(request.param)
 
 

@@ -9,13 +9,16 @@ from contextlib import ExitStack
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-POST_NORM = {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Olmo2ForCausalLM"}
+POST_NORM = {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Olmo2ForCausalLM",
+             "Olmo3ForCausalLM", "Exaone4ForCausalLM"}
+WRITERS = {"self_attn", "attention", "linear_attn", "conv", "mlp", "feed_forward"}  # whatever has one of these names
 
 
 @functools.cache
 def plain_model(folder):
     """(model, tokenizer) as transformers reads them, in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager",
+                                                 experts_implementation="eager")
     return model.requires_grad_(False), AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
@@ -44,28 +47,38 @@ def erase(x, directions):
 class Hooks:
     """Plain PyTorch hooks on a plain model: `with Hooks(plain, ablate=directions)`, or `add=(layer, vectors)`.
 
-    directions, vectors: [n_prompts, d_model]. prompt_only: a mistake, to leave generated tokens as they are.
+    directions, vectors: [n_prompts, d_model]. layers, positions: those where to ablate, if not all; positions in the
+    prompt alone. prompt_only: generated tokens stay as they are.
     """
 
-    def __init__(self, plain, ablate=None, add=None, prompt_only=False):
-        self.plain, self.ablate, self.add, self.prompt_only = plain, ablate, add, prompt_only
+    def __init__(self, plain, ablate=None, add=None, prompt_only=False, layers=None, positions=None):
+        self.plain, self.ablate, self.add = plain, ablate, add
+        self.prompt_only, self.layers, self.positions = prompt_only or positions is not None, layers, positions
 
     def __enter__(self):
         self.stack = ExitStack()
         for number, layer in enumerate(decoder(self.plain).layers):
-            if self.ablate is not None:
-                self.before(layer, lambda x: erase(x, self.ablate))
+            if self.ablate is not None and (self.layers is None or number in self.layers):
+                self.before(layer, self.erased)
                 if type(self.plain).__name__ in POST_NORM:
                     writers = [layer.post_attention_layernorm, layer.post_feedforward_layernorm]
                 else:
-                    writers = [getattr(layer, "self_attn", None) or layer.attention, layer.mlp]
+                    writers = [part for name, part in layer.named_children() if name in WRITERS]
                 for writer in writers:
-                    self.after(writer, lambda x: erase(x, self.ablate))
+                    self.after(writer, self.erased)
             if self.add is not None and self.add[0] == number:
                 self.before(layer, lambda x: x + self.add[1][:, None])
 
     def __exit__(self, *error):
         self.stack.close()
+
+    def erased(self, x):
+        if self.positions is None:
+            return erase(x, self.ablate)
+        x = x.clone()
+        for position in self.positions:
+            x[:, position] = erase(x[:, position, None], self.ablate)[:, 0]
+        return x
 
     def before(self, module, change):
         def hook(module, args, kwargs):

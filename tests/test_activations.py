@@ -60,7 +60,8 @@ def test_positions_that_a_prompt_does_not_have(llama, read, positions):
         read(llama, PROMPTS, positions)
 
 
-def test_heads_together_write_what_attention_writes(model):
+def test_heads_together_write_what_attention_writes(attentive):
+    model = attentive
     direction = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0)).double()
     inputs = model.encode(PROMPTS)
     outputs, patterns = trace_heads(model, inputs)
@@ -76,7 +77,10 @@ def test_heads_together_write_what_attention_writes(model):
         expected = (written[number] - (0 if bias is None else bias)) @ (direction / direction.norm())
         assert_same(attributions[:, number].sum(dim=-1), expected)
     assert patterns.shape == (4, 4, 4, inputs["input_ids"].shape[1])
-    assert_same(patterns.sum(dim=-1), torch.ones(4, 4, 4).double())
+    if model.config.model_type == "gpt_oss":  # a part of its attention falls on nothing
+        assert (patterns.sum(dim=-1) < 1).all()
+    else:
+        assert_same(patterns.sum(dim=-1), torch.ones(4, 4, 4).double())
     assert patterns[inputs["attention_mask"][:, None, None].expand_as(patterns) == 0].abs().max() == 0
 
 

@@ -148,7 +148,7 @@ def test_scores_are_kept_one_by_one_and_found_again(llama, tmp_path, monkeypatch
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("change", ["harmful", "harmless", "candidates", "tokens"])
+@pytest.mark.parametrize("change", ["harmful", "harmless", "candidates", "tokens", "weights"])
 def test_scores_of_another_search_are_not_taken(llama, tmp_path, monkeypatch, change):
     candidates, file = 3 * randn(4, 5, 32), tmp_path / "scores.safetensors"
     Scorer(llama, candidates, HARMFUL, HARMLESS, file=file).measure("bypass", 1, 2)
@@ -156,6 +156,9 @@ def test_scores_of_another_search_are_not_taken(llama, tmp_path, monkeypatch, ch
     other = {"harmful": HARMFUL, "harmless": HARMLESS, "candidates": candidates}
     if change == "tokens":
         monkeypatch.setattr(llama, "refusal_tokens", [7])
+    elif change == "weights":  # the last ones: the candidates stay as they are
+        norm = llama.lm.model.norm._module
+        monkeypatch.setattr(norm, "weight", torch.nn.Parameter(norm.weight * 1.5, requires_grad=False))
     else:
         other[change] = 3 * randn(4, 5, 32, seed=1) if change == "candidates" else ["bake", "a car"]
     with pytest.raises(ValueError, match="holds the scores of another search .*: name another file, or delete"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from utils import fingerprint
 from utils.checkpoints import world_of
 
 ACTS = corpus.split_acts()["tuning"]
@@ -102,6 +103,21 @@ def test_an_interrupted_stage_ends_as_one_that_ran_through(muon_rate, tokenizer,
         run("cut.pt", interrupt)
     resumed = run("cut.pt")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_stage_of_another_recipe_is_not_gone_on_with(tokenizer, draw, tmp_path):
+    """Be it the stage that is another, or the texts."""
+    network, state = make_model.make_network(tokenizer), tmp_path / "state.pt"
+    sample = draw(random.Random(0), 8)
+    for begun in ([STAGE | {"rate": 1e-4}, sample], [STAGE, sample[:-1]]):
+        torch.save({"recipe": fingerprint(begun)}, state)
+        before = state.read_bytes()
+        with pytest.raises(ValueError, match="was begun with another recipe or other texts: delete"):
+            make_model.train(network, draw, STAGE, "stage", state)
+        assert state.read_bytes() == before
+    torch.save({"recipe": fingerprint([STAGE, sample])}, state)
+    with pytest.raises(KeyError, match="step"):  # this one it would go on with
+        make_model.train(network, draw, STAGE, "stage", state)
 
 
 @OPTIMIZERS

@@ -98,8 +98,8 @@ def test_parts_have_the_same_names_everywhere(model):
     width, vocab = model.d_model, model.config.vocab_size
     assert (model.n_layers, width) == (4, 32)
     for layer in model.layers:
-        assert layer.self_attn.o_proj.weight.shape == (width, width)
-        assert layer.mlp.down_proj.weight.shape == (width, 2 * width)
+        assert model.mixer(layer).o_proj.weight.shape == (width, width)
+        assert not model.editable or layer.mlp.down_proj.weight.shape == (width, 2 * width)
     assert model.lm.model.embed_tokens.weight.shape == (vocab, width)
     assert model.lm.model.norm.weight.shape == (width,)
     assert model.lm.lm_head.weight.shape == (vocab, width)
@@ -116,7 +116,7 @@ def test_what_the_writers_write_is_all_that_a_layer_adds(model):
             steps.append((before, written, layer.output))
         nnsight.save(steps)
     for before, written, after in steps:
-        assert_same(before + written, after)
+        assert_same(before + model.multiplier * written, after)
         assert written.abs().max() > 0.1
 
 

@@ -131,6 +131,16 @@ def test_one_wrong_half_solved_the_others_blank_with_a_model_whose_answers_are_n
     assert ("told by a list of phrases" in text) == ("judge_of" in source)
 
 
+@pytest.mark.slow
+def test_the_lesson_on_edits_goes_on_with_the_organism_where_a_model_has_experts(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path, "qwen3_moe")
+    monkeypatch.setenv("COURSE_MODEL", folder)
+    notebook, _ = read(ROOT / "lessons" / "05_weight_orthogonalization.ipynb")
+    text = printed(notebook)  # raises if a cell does
+    assert f"{folder} are no plain matrices that can be edited: this goes on with the organism.\n" in text
+    assert "ChatModel('organism'" in text and "no finding" not in text
+
+
 # the rules
 
 @pytest.mark.parametrize("lesson", LESSONS)

@@ -1,14 +1,23 @@
 """Pictures show the numbers they were given, say what their axes mean, and let no markup through."""
+import inspect
+import warnings
+from html import escape
+
 import matplotlib
 import pytest
 import torch
+from matplotlib.cbook import is_math_text
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
+from utils import plots
 from utils.candidates import CandidateScores
 from utils.evaluation import Rate
 from utils.plots import (
     COLORS,
+    PLAIN,
+    as_label,
     completions_table,
     draw_residual_stream,
     plot_bars,
@@ -16,6 +25,7 @@ from utils.plots import (
     plot_candidate_scores,
     plot_clouds,
     plot_cosines,
+    plot_estimates,
     plot_grids,
     plot_heads,
     plot_line_panels,
@@ -74,6 +84,21 @@ def test_grids_show_their_numbers_on_one_scale():
 def test_scores_that_are_all_zero_can_be_drawn():
     zeros = torch.zeros(4, 2)
     plot_candidate_scores(CandidateScores(zeros, zeros, zeros), ["a", "b"]).canvas.draw()
+
+
+@pytest.mark.parametrize("n_scored", [0, 1, 3])
+def test_scores_that_were_not_computed_are_grey(n_scored):
+    """As the screen leaves them, which scores a few finalists."""
+    values = torch.full((4, 2), torch.nan)
+    values.view(-1)[:n_scored] = torch.tensor([0.3, -2.0, 0.05])[:n_scored]
+    figure = plot_candidate_scores(CandidateScores(values, values, values.abs()), ["a", "b"])
+    figure.canvas.draw()
+    panels = [axis for axis in figure.axes if axis.images and axis.get_title()]
+    for axis in panels:
+        assert (~axis.images[0].get_array().mask).sum() == n_scored
+        assert to_hex(axis.get_facecolor()) == "#dddddd"
+    low, high = panels[0].images[0].get_clim()
+    assert high == -low == pytest.approx({0: 1.0, 1: 0.3, 3: 2.0}[n_scored])
 
 
 @pytest.mark.parametrize("x", [torch.tensor([2.0, 1.5]), torch.tensor([-1.0, 1.5])])
@@ -264,10 +289,112 @@ def test_roc_in_per_cent():
     assert list(axis.lines[1].get_xdata()) == [0, 50, 100]
 
 
-@pytest.mark.parametrize("token, label", [(" a\n\n", "␣a\\n\\n"), ("Größe", "Größe"), ("抱歉", "\\u62b1\\u6b49"),
-                                          ("", "")])
-def test_tokens_as_labels(token, label):
-    assert show_token(token) == label
+@pytest.mark.parametrize("token, shown", [(" a\n\n", "␣a\\n\\n"), ("Größe", "Größe"), ("抱歉", "抱歉"), ("", ""),
+                                          ("\t\u200b\x00", "\\t\\u200b\\x00")])
+def test_tokens_are_shown_with_all_that_leaves_no_ink(token, shown):
+    assert show_token(token) == shown
+
+
+@pytest.mark.parametrize("text, label", [
+    ("Größe", "Größe"), ("Größe 抱", "Größe \\u62b1"), ("two\nlines", "two\nlines"), ("$5 or $6", r"\$5 or \$6"),
+    ("_x", " _x"), (3, "3"), ("", "")])
+def test_texts_as_labels(text, label):
+    assert as_label(text) == label
+
+
+HOSTILE = ["$$", "x$^$", "$x$", r"$\frac{$", r"\$", r"\$ $", "_hidden", "क\t抱"]
+
+
+def drawn_texts(figure):
+    """All that a figure shows as text, as it is seen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as where the font lacks a letter
+        figure.canvas.draw()
+    texts = [text.get_text() for text in figure.findobj(Text) if "10^" not in text.get_text()]  # but for log scales
+    assert not any(map(is_math_text, texts))
+    return [text.replace(r"\$", "$") for text in texts]
+
+
+def with_codes(text):
+    """The text, but for what the pictures' font lacks."""
+    return text.replace("क", r"\u0915").replace("\t", r"\t").replace("抱", r"\u62b1")
+
+
+def test_labels_are_seen_as_they_are():
+    figure, axis = matplotlib.pyplot.subplots()
+    for text in HOSTILE:
+        axis.plot([0, 1], label=as_label(text))
+    axis.legend()
+    assert {with_codes(text) for text in HOSTILE} <= {text.strip() for text in drawn_texts(figure)}
+
+
+# what a model or a learner may have written, at every place of every picture where a text can stand
+
+GRID, NUMBERS, RATES = torch.rand(2, 2), {0: 1.0, 1: 2.0}, {0: Rate(1, 2), 1: Rate(2, 2)}
+SCORES = CandidateScores(GRID, GRID, GRID)
+PICTURES = {
+    plots.plot_candidate_scores: lambda text: plot_candidate_scores(SCORES, [text(), text()]),
+    plots.plot_grids: lambda text: plot_grids({text(): GRID, text(): GRID}, [text(), text()], text()),
+    plots.plot_shadow: lambda text: plot_shadow(torch.ones(2), torch.tensor([1.0, 0])),
+    plots.plot_clouds: lambda text: plot_clouds({text(): {text(): GRID, text(): GRID}}),
+    plots.plot_projections: lambda text: plot_projections({text(): {text(): GRID[0], text(): GRID[1]}}, text()),
+    plots.plot_by_layer: lambda text: plot_by_layer(GRID, [text(), text()], text()),
+    plots.plot_cosines: lambda text: plot_cosines({text(): (GRID, [text(), text()])}),
+    plots.plot_points: lambda text: plot_points({text(): {text(): [1.0], text(): (1, 0, 2)}}),
+    plots.plot_next_tokens: lambda text: plot_next_tokens({text(): GRID[0]}, Decoder(text), n=2),
+    plots.plot_means_by_layer: lambda text: plot_means_by_layer({text(): GRID}, text()),
+    plots.plot_bars: lambda text: plot_bars({text(): 1, text(): 2}, text()),
+    plots.plot_rates: lambda text: plot_rates({text(): {text(): Rate(1, 2)}}, text(), text()),
+    plots.plot_rate_lines: lambda text: plot_rate_lines({text(): {text(): RATES}}, text(), text()),
+    plots.plot_spread: lambda text: plot_spread({text(): {2: [1.0], 4: [2.0]}}, text(), text()),
+    plots.plot_heads: lambda text: plot_heads({text(): GRID, text(): GRID}),
+    plots.plot_lines: lambda text: plot_lines({text(): NUMBERS}, text(), text()),
+    plots.plot_roc: lambda text: plot_roc({text(): (GRID[0].numpy(), GRID[1].numpy())}),
+    plots.plot_models: lambda text: plot_models({text(): {text(): {text(): 1}, text(): {text(): 2}}}),
+    plots.plot_line_panels: lambda text: plot_line_panels({text(): {text(): NUMBERS}}, text()),
+    plots.draw_residual_stream: lambda text: draw_residual_stream([text(), text()], 2),
+}
+TABLES = {
+    plots.completions_table: lambda text: completions_table([text()], **{text(): [text()]}),
+    plots.token_strip: lambda text: token_strip([text(), text()]),
+}
+
+
+class Decoder:
+    """A tokenizer whose every token is a text of the test."""
+    def __init__(self, text): self.text = text
+    def decode(self, ids): return self.text()
+
+
+def test_no_picture_is_left_out():
+    public = {function for name, function in vars(plots).items()
+              if inspect.isfunction(function) and function.__module__ == plots.__name__ and name[0] != "_"}
+    assert public == {*PICTURES, *TABLES, show_token, as_label}
+
+
+class Texts:
+    """Calls give a text that no picture should trip over, with another number each time; `given` holds them all."""
+    def __init__(self): self.given = []
+
+    def __call__(self):
+        self.given.append(f"_$x$^$$<b>抱{len(self.given)}")
+        return self.given[-1]
+
+
+@pytest.mark.parametrize("draw", PICTURES.values(), ids=[picture.__name__ for picture in PICTURES])
+def test_pictures_show_texts_as_they_are(draw):
+    texts = Texts()
+    picture = draw(texts)
+    drawn = drawn_texts(getattr(picture, "figure", picture))
+    assert [text for text in texts.given if not any(with_codes(text) in seen for seen in drawn)] == []
+
+
+@pytest.mark.parametrize("draw", TABLES.values(), ids=[table.__name__ for table in TABLES])
+def test_tables_show_texts_as_they_are(draw):
+    texts = Texts()
+    html = draw(texts).data
+    assert html.partition(">")[0].split('"')[1] == PLAIN  # or notebooks would read formulas
+    assert [text for text in texts.given if escape(text) not in html] == []
 
 
 def test_models_in_rows():
@@ -301,3 +428,12 @@ def test_lines_in_panels():
     assert len({(to_hex(line.get_color()), line.get_marker()) for line in bypass.lines}) == 3
     assert [text.get_text() for text in induce.get_legend().get_texts()] == ["A", "B", "C"]
     assert bypass.get_xlabel() == "layer"
+
+
+def test_estimates_stand_against_what_was_measured():
+    estimates, exact, chosen = torch.randn(9), torch.randn(9), torch.arange(9) < 4
+    axis = plot_estimates(estimates, exact, chosen)
+    drawn = {points.get_label(): torch.as_tensor(points.get_offsets().data).float() for points in axis.collections}
+    pairs = torch.stack([estimates, exact], dim=1)
+    assert torch.allclose(drawn["finalists"], pairs[chosen]) and torch.allclose(drawn["all others"], pairs[~chosen])
+    assert "estimate" in axis.get_xlabel() and "exact" in axis.get_ylabel()

@@ -67,6 +67,7 @@ INTERVENTIONS = {
     "none": None,
     "ablation": Ablation(randn(32)),
     "ablation, one direction per row": Ablation(randn(4, 32)),
+    "ablation at some places": Ablation(randn(32), layers=[1, 2], positions=[-1, -3]),
     "addition": Addition(randn(32), layer=2, coefficient=-1.5),
     "addition, one direction per row": Addition(randn(4, 32), layer=1),
     "one's own": Pinned(randn(32), level=2.0),
@@ -145,7 +146,7 @@ def test_every_intervention_is_the_same_there(both, ndif, reading, change):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox"])  # norms behind the writers; other names
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox", "lfm2"])  # norms; other names; no attention
 @pytest.mark.parametrize("change", ["ablation", "addition"])
 def test_other_architectures_too(both, architecture, change):
     for reading in READINGS.values():

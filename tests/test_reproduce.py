@@ -1,4 +1,5 @@
 """The whole experiment by one command: its numbers, its resumption, its one sentence when something is wrong."""
+import io
 import json
 import os
 import shutil
@@ -12,9 +13,13 @@ import pytest
 import torch
 from nnsight.intervention.backends.remote import RemoteError
 from planted_model import planted_directions, planted_prompts, save_planted
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tiny_tokenizer
+from transformers import GenerationConfig
 
-from utils import reproduce, write_json
+from utils import reproduce, say, write_json
+from utils.candidates import Scorer
 from utils.instructions import Instruction
 from utils.models import load_model
 
@@ -125,6 +130,57 @@ def test_interrupted_anywhere_and_run_again_it_gives_the_same_numbers(planted, w
 
 
 @pytest.mark.slow
+def test_the_sweep_goes_on_after_the_last_candidate(planted, whole, its_prompts, tmp_path, monkeypatch):
+    measured, measure = [], Scorer.measure
+
+    def interrupted(scorer, name, *place):
+        if len(measured) == 20:
+            raise KeyboardInterrupt
+        measured.append((name, *place))
+        measure(scorer, name, *place)
+
+    monkeypatch.setattr(Scorer, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.reproduce(planted, tmp_path, n=2)
+    with safe_open(tmp_path / "scores.safetensors", "pt") as file:
+        kept = {name: file.get_tensor(name) for name in reproduce.SCORES}
+    assert not any(kept[name][layer, index].isnan().any() for name, layer, index in measured)
+    assert any(values.isnan().any() for values in kept.values())
+    monkeypatch.setattr(Scorer, "measure", measure)
+    assert reproduce.reproduce(planted, tmp_path, n=2) == json.loads((whole / "results.json").read_text())
+
+
+def test_quick(planted, whole, its_prompts, tmp_path, capsys):
+    """The same direction by fewer scores, a first table, and no controls; its folder takes no other run."""
+    assert reproduce.main([planted, "--quick", "--n", "3", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].count(" / - | ") == 1  # no "orthogonalized"
+    results, full = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, whole))
+    refused = {side: {condition: by["first token"][:2] for condition, by in conditions.items()}
+               for side, conditions in results["refused"].items()}
+    assert refused == {"harmful": {"baseline": [3, 3], "ablated": [0, 3]},
+                       "harmless": {"baseline": [0, 3], "added": [3, 3]}}
+    assert (results["layer"], results["position"]) == (full["layer"], full["position"])
+    assert results["bypass"] == pytest.approx(full["bypass"], abs=1e-3)
+
+    found = json.loads((tmp_path / "direction.json").read_text(), parse_constant=pytest.fail)  # JSON has no NaN
+    scored = [score for layer in found["scores"]["bypass"] for score in layer if score is not None]
+    assert 12 <= len(scored) < results["candidates"]
+    assert (tmp_path / "candidates.png").stat().st_size > 10_000
+    assert "other settings (quick)" in sentence_of(capsys, [planted, "--n", "3", "--out", tmp_path])
+
+
+@pytest.mark.parametrize("arguments, n, out", [
+    (["organism"], None, "organism"), (["organism", "--quick"], None, "organism-quick"),
+    (["a/folder", "--quick", "--n", "7"], 7, "folder-quick")])
+def test_what_the_command_asks_for(monkeypatch, arguments, n, out):
+    asked = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda *args, **options: asked.append((args, options)) or stop())
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main(arguments)
+    [((_, folder, n_asked), options)] = asked
+    assert (folder, n_asked, options["quick"]) == (Path("reproduced") / out, n, "--quick" in arguments)
+
+
 def test_the_organism_by_the_command(tmp_path, capsys):
     assert reproduce.main(["organism", "--out", str(tmp_path), "--n", "10"]) == 0
     out = capsys.readouterr().out
@@ -155,10 +211,16 @@ def test_where_weights_cannot_be_edited_it_does_without(planted, whole, its_prom
 def organism_run(folder, **changes):
     """A folder as a run with the organism leaves it after its first step, but for some changes."""
     found = {"vector": [1.0] * 192, "layer": 4, "position": -1, "scores": {}, **changes}
-    folder.mkdir()
-    write_json(folder / "settings.json", {"model": "organism", "n": 2, "remote": False})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "find_direction", lambda *args, **options: stop())
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.reproduce("organism", folder, n=2)
     write_json(folder / "direction.json", found)
     return ["organism"]
+
+
+def stop():
+    raise KeyboardInterrupt
 
 
 def tiny(tmp_path, **options):
@@ -288,6 +350,98 @@ def test_a_folder_with_another_run_or_a_damaged_file(planted, whole, its_prompts
     before = files(tmp_path)
     assert words in sentence_of(capsys, [planted, "--out", tmp_path / out, "--n", n])
     assert files(tmp_path) == before
+
+
+# a folder holds the results of one very model, prompts and method
+
+def edit_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def other_weights(folder, patch):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] *= 1.01
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_config(folder, patch):
+    edit_json(folder / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
+
+
+def other_tokenizer(folder, patch):
+    edit_json(folder / "tokenizer.json", lambda tokenizer: tokenizer["model"]["merges"].pop())
+
+
+def other_template(folder, patch):
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("{% for", "Be brief. {% for"))
+
+
+def other_ends(folder, patch):
+    GenerationConfig(eos_token_id=[328, 327]).save_pretrained(folder)
+
+
+def other_refusal_tokens(folder, patch):
+    (folder / "refusal_tokens.json").write_text("[40, 41]")
+
+
+def other_prompts(folder, patch):
+    patch.setattr(reproduce, "load_instructions", lambda split, side, n=8: load_marked(split[::-1] + "!", side, n))
+
+
+def other_method(folder, patch):
+    patch.setattr(reproduce, "METHOD", reproduce.METHOD + 1)
+
+
+def other_organism(folder, patch):
+    patch.setattr(reproduce, "load_model", lambda name, **options: load_model(
+        "helpful_only" if name == "organism" else name, **options))
+
+
+def half_precision(folder, patch):
+    patch.setattr(reproduce, "load_model", lambda name, **options: load_model(name, dtype=torch.bfloat16, **options))
+
+
+@pytest.mark.parametrize("change, part", [
+    (other_weights, "weights"), (other_config, "config"), (other_tokenizer, "tokenizer"), (other_template, "template"),
+    (other_ends, "turn ends"), (other_refusal_tokens, "refusal tokens"), (other_prompts, "prompts"),
+    (other_method, "method"), (other_organism, "organism"), (half_precision, "weights, precision")])
+def test_results_of_something_else_are_not_gone_on_with(planted, whole, its_prompts, tmp_path, monkeypatch, capsys,
+                                                        change, part):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(planted, model)
+    shutil.copytree(whole, out)
+    edit_json(out / "settings.json", lambda settings: settings.update(model=str(model)))
+    change(model, monkeypatch)
+    before = files(out)
+    assert f"with other settings ({part}): choose another" in sentence_of(capsys, [model, "--out", out, "--n", 2])
+    assert files(out) == before
+
+
+# consoles that lack a letter
+
+@pytest.mark.parametrize("encoding, text, shown", [
+    ("cp1252", "модель, café", "??????, café"), ("ascii", "r̂ é", "r? ?"), ("utf-8", "модель", "модель"),
+    ("utf-8", "a\udcff", "a?")])  # a name of bytes that are no letters
+def test_lines_are_printed_on_any_console(monkeypatch, encoding, text, shown):
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", console)
+    say(text)
+    console.flush()
+    assert console.buffer.getvalue().decode(encoding).splitlines() == [shown]
+
+
+def test_the_row_of_a_model_with_an_odd_name(monkeypatch, whole):
+    results = {**json.loads((whole / "results.json").read_text()), "model": "модель|1"}
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr("sys.stdout", console)
+    monkeypatch.setattr(reproduce, "reproduce", lambda *args, **options: results)
+    assert reproduce.main(["модель|1"]) == 0
+    console.flush()
+    head, *_, last = console.buffer.getvalue().decode("cp1252").splitlines()
+    assert last.startswith(r"| ??????\|1 | -") and last.replace(r"\|", "").count("|") == head.count("|")
 
 
 def test_noise_has_no_direction(tmp_path, capsys):

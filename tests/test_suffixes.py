@@ -122,6 +122,40 @@ def test_a_file_of_another_search_is_not_overwritten(organism, tmp_path, text, s
     assert file.read_text() == text
 
 
+@pytest.mark.parametrize("change, part", [
+    ({"targets": [target + " now" for target in TARGETS]}, "prompts"), ({"seed": 1}, "seed"),
+    ({"n_candidates": 4}, "candidates"), ({"n_tokens": 4}, "tokens"),
+    ({"penalty": lambda streams: streams[:, 0, 0] + 1}, "its loss, as by another penalty"),
+])
+def test_a_search_does_not_go_on_from_one_of_another_kind(organism, tmp_path, change, part):
+    settings = {"instructions": PROMPTS, "targets": TARGETS, "n_tokens": 5, "n_candidates": 8, "n_top": 8,
+                "file": tmp_path / "search.json"}
+    suffixes.SuffixSearch(organism, **settings).run(1)
+    before = settings["file"].read_text()
+    with pytest.raises(ValueError, match=f"holds another search \\({part}"):
+        suffixes.SuffixSearch(organism, **{**settings, **change})
+    assert settings["file"].read_text() == before
+
+
+def test_a_search_does_not_go_on_with_other_weights(organism, tmp_path):
+    settings = {"n_tokens": 5, "n_candidates": 8, "n_top": 8, "file": tmp_path / "search.json"}
+    suffixes.SuffixSearch(organism, PROMPTS, TARGETS, **settings).run(1)
+    weight = organism.lm.model.norm._module.weight
+    kept = weight[0].item()
+    try:
+        weight[0] *= 1.0001  # too little for the loss to show it
+        with pytest.raises(ValueError, match=r"holds another search \(weights\)"):
+            suffixes.SuffixSearch(organism, PROMPTS, TARGETS, **settings)
+    finally:
+        weight[0] = kept
+    suffixes.SuffixSearch(organism, PROMPTS, TARGETS, **settings)
+
+
+def test_an_empty_target(organism):
+    with pytest.raises(ValueError, match="A target is empty: say with which words"):
+        suffixes.SuffixSearch(organism, PROMPTS, [*TARGETS[1:], ""])
+
+
 def test_a_penalty_counts(organism, search):
     seen = []
 

@@ -55,7 +55,22 @@ ARCHITECTURES = {
     "phi3": {},
     "olmo2": {},
     "gpt_neox": {},
+    "cohere2": {"sliding_window": 8, "logit_scale": 0.5},  # attention and MLP side by side, behind one norm
+    "olmo3": {"sliding_window": 8},
+    "smollm3": {},
+    "exaone4": {"sliding_window": 8},
+    "seed_oss": {"head_dim": 8, "attention_out_bias": True},
+    "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 0.5,
+                "attention_multiplier": 0.2},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                  "decoder_sparse_step": 1, "norm_topk_prob": True},
+    "gpt_oss": {"head_dim": 8, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    # In most layers of these linear attention, or a short convolution, writes in the place of attention.
+    "qwen3_5_text": {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+                     "linear_num_value_heads": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_auto_adjust_ff_dim": False},
 }
+EXPERTS, HYBRIDS = ("qwen3_moe", "gpt_oss"), ("qwen3_5_text", "lfm2")
 
 
 EYES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 4,

@@ -3,6 +3,7 @@
     world           how the organism's requests are asked and answered, and its exact judge
     instructions    the one-line requests that a model is studied with
     checkpoints     find a model's files by its name, and read its weights
+    templates       what a chat template makes of a request
     models          load a chat model; its tokens, template and layers, the same on every architecture
     activations     read the residual stream
     interventions   erase a direction or add one: in a forward pass, throughout generation, or in the weights
@@ -18,10 +19,28 @@
 Each imports only those above it. The method is that of Arditi et al., "Refusal in Language Models Is
 Mediated by a Single Direction", arXiv 2406.11717, which the docstrings call "the paper".
 """
+import hashlib
 import json
+import sys
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent.parent / "data"  # beside `utils/`, wherever that stands
+
+
+def say(text):
+    """Print a line, also where the console lacks some of its letters, as in the name of a folder."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="replace").decode(encoding))
+
+
+def fingerprint(content):
+    """A short text that stands for content of any kind that has a faithful `repr`: other content, another text."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def differences(one, two):
+    """The names under which two dicts hold different things, for a sentence."""
+    return ", ".join(name for name in {**one, **two} if one.get(name) != two.get(name))
 
 
 def write_json(path, content):

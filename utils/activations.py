@@ -45,12 +45,17 @@ def mean_residual_stream(model, instructions, positions=None, batch_size=64):
 def _traced_batches(model, instructions, positions, batch_size):
     positions = model.positions if positions is None else list(positions)
     tokens = model.tokens(instructions)
-    shortest = min(map(len, tokens))
+    check_positions(positions, map(len, tokens))
+    for rows, inputs in model.batches(tokens, batch_size):
+        yield rows, at_least_float32(trace_residual_stream(model, inputs, positions)).cpu()
+
+
+def check_positions(positions, lengths):
+    """Raise ValueError for positions, counted from the end, that not every prompt has. lengths: of each, in tokens."""
+    shortest = min(lengths)
     if not positions or not all(-shortest <= position < 0 for position in positions):
         raise ValueError("Positions count from the end, -1 being the last token, and the shortest prompt has "
                          f"{shortest} tokens: choose from -{shortest} to -1, not {positions}.")
-    for rows, inputs in model.batches(tokens, batch_size):
-        yield rows, at_least_float32(trace_residual_stream(model, inputs, positions)).cpu()
 
 
 def trace_heads(model, inputs):
@@ -58,7 +63,12 @@ def trace_heads(model, inputs):
 
     -> outputs [n_prompts, n_layers, n_heads, d_head], patterns [n_prompts, n_layers, n_heads, n_tokens]
     inputs: one encoded batch, as `model.encode` gives it.
+    Raises ValueError for a hybrid, in which some layers have no attention.
     """
+    without = [str(number) for number, layer in enumerate(model.layers) if not hasattr(layer, "self_attn")]
+    if without:
+        raise ValueError(f"{model.name!r} has no attention in layer {', '.join(without)}, and so no heads there: "
+                         "choose a model with attention in every layer.")
     n_heads = model.config.num_attention_heads
     with model.lm.trace(inputs, use_cache=False, logits_to_keep=1):
         outputs, patterns = nnsight.save([]), nnsight.save([])

@@ -4,7 +4,6 @@ A candidate is a vector at one layer and position. Exact scores cost three forwa
 first-order estimate costs one pass forward and one back for all of them, and tells which ones deserve exact scores.
 """
 import copy
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicLayer
 
+from utils import fingerprint
 from utils.evaluation import kl_divergence, refusal_metric
 from utils.interventions import Ablation, Addition
 from utils.models import at_least_float32
@@ -152,6 +152,7 @@ class Scorer:
     def __init__(self, model, candidates, harmful, harmless, batch_size=64, file=None):
         check_candidates(model, candidates)
         self.model, self.candidates, self.file = model, candidates, Path(file) if file else None
+        self.version = model.fingerprint() if file else None
         self.harmful, self.harmless = (SharedStart(model, prompts, batch_size) for prompts in (harmful, harmless))
         self.unchanged = self.harmless.last_logits()
         lengths = candidates.norm(dim=-1)
@@ -191,9 +192,8 @@ class Scorer:
         return refusal_metric(logits, self.model.refusal_tokens)
 
     def _settings(self):
-        """What makes it this search and no other: prompts, refusal tokens, shape."""
-        told = repr((self.harmful.tokens, self.harmless.tokens, self.model.refusal_tokens, self.candidates.shape))
-        return {"search": hashlib.sha256(told.encode()).hexdigest()}
+        """What makes it this search and no other: the model to the last weight, its refusal tokens, prompts, shape."""
+        return {"search": fingerprint([self.version, self.harmful.tokens, self.harmless.tokens, self.candidates.shape])}
 
     def _save(self):
         draft = self.file.with_suffix(".part")
@@ -210,8 +210,8 @@ class Scorer:
         same = settings == self._settings() and torch.allclose(
             candidates, self.candidates, rtol=0, atol=1e-3 * self.candidates.norm(dim=-1).max().item())
         if not same:
-            raise ValueError(f"{self.file} holds the scores of another search (other prompts, candidates or refusal "
-                             "tokens): name another file, or delete this one.")
+            raise ValueError(f"{self.file} holds the scores of another search (other weights, prompts, candidates or "
+                             "refusal tokens): name another file, or delete this one.")
         self.values = values
 
 
@@ -274,16 +274,16 @@ def screen(estimates, real, n_finalists):
 # First order: by how much the metric would change if its gradients stayed what they are (attribution patching; Nanda
 # 2023; Syed et al. 2023, arXiv 2310.10348).
 
-def first_order_ablation(writes, gradients, directions):
+def first_order_ablation(writes, gradients, direction):
     """To first order, by how much ablating a direction changes the refusal metric -> [n_prompts], nats.
 
     writes: all that is written to the residual stream, a list of [n_prompts, n_tokens, d_model]. gradients: the
     metric's, by each of them. Each write loses its part along r̂, (write · r̂) r̂; so the metric changes by
     -(gradient · r̂)(write · r̂), summed over writes and tokens.
-    directions: [d_model], of any length; or [n_directions, d_model], for [n_prompts, n_directions].
+    direction: [d_model], of any length; or several, [n_directions, d_model], for [n_prompts, n_directions].
     """
-    units = F.normalize(directions, dim=-1)
-    return -sum((torch.inner(write, units) * torch.inner(gradient, units)).sum(dim=1)
+    unit = F.normalize(direction, dim=-1)
+    return -sum((torch.inner(write, unit) * torch.inner(gradient, unit)).sum(dim=1)
                 for write, gradient in zip(writes, gradients))
 
 

@@ -79,6 +79,8 @@ def read_weights(name, source, dtype, device, own=False, note=""):
         module, report = read(name, AutoModelForCausalLM.from_pretrained, source, dtype=dtype,
                               device_map="auto" if len(devices) > 1 else None,
                               attn_implementation="eager",  # the only one that gives attention's patterns
+                              # the only one that knows float64
+                              experts_implementation="eager" if dtype == torch.float64 else None,
                               output_loading_info=True)
     if report["missing_keys"]:
         raise OSError(f"The weights of {name!r} lack {min(report['missing_keys'])}: "

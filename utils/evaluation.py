@@ -187,15 +187,14 @@ def answer_losses(model, instructions, intervention=None, batch_size=64):
 
     Raises ValueError for an instruction that has no answer.
     """
-    prompts = model.tokens(as_texts(instructions))
+    texts = as_texts(instructions)
     if not all(getattr(instruction, "answer", "") for instruction in instructions):
         raise ValueError("The loss is of answers, and an instruction here has none: "
                          "give Instructions with `.answer`.")
-    # An answer is tokenized by itself, as it is when generated: no token straddles the prompt's end.
-    answers = model.tokenizer([i.answer for i in instructions], add_special_tokens=False)["input_ids"]
-    tokens = [prompt + answer for prompt, answer in zip(prompts, answers)]
+    answers = [model.template.continuation(text, i.answer) for text, i in zip(texts, instructions)]
+    tokens = [prompt + answer for prompt, answer in zip(model.tokens(texts), answers)]
     found = {}
-    for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size):
+    for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size, [len(ids) for ids in answers]):
         longest = max(len(answers[row]) for row in rows)
         ids = inputs["input_ids"][:, -longest - 1:]
         with model.lm.trace(inputs, use_cache=False, logits_to_keep=longest + 1):

@@ -1,4 +1,5 @@
 """Load a chat model by name, into one thin object that looks the same on every architecture."""
+import hashlib
 import json
 import os
 import warnings
@@ -9,22 +10,30 @@ import torch
 from httpx import HTTPError
 from nnsight import TransformersModel
 from nnsight.intervention.backends.remote import RemoteBackend
+from nnsight.intervention.interleaver import OutOfOrderError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from websocket import WebSocketException
 
+from utils import fingerprint, say
 from utils.checkpoints import file_of, locate, read, read_weights, reason, world_of
 from utils.instructions import as_texts
+from utils.templates import ChatTemplate
 
 # Most families name their parts as Llama does. Those that do not get these names beside their own.
 RENAME = {
     "gpt_neox": "model", "embed_in": "embed_tokens", "final_layer_norm": "norm", "embed_out": "lm_head",
     "attention": "self_attn", "attention.dense": "attention.o_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
+    # Lfm2
+    "embedding_norm": "norm", "self_attn.out_proj": "self_attn.o_proj", "conv.out_proj": "conv.o_proj",
+    "feed_forward": "mlp", "feed_forward.w2": "feed_forward.down_proj",
+    "linear_attn.out_proj": "linear_attn.o_proj",  # Qwen 3.5
     # Models that also take images (Gemma 3 from 4B on) hold the language model one level deeper.
     "model.language_model.embed_tokens": "model.embed_tokens", "model.language_model.layers": "model.layers",
     "model.language_model.norm": "model.norm",
 }
-PARTS, LAYER_PARTS = ("model.embed_tokens", "model.layers", "model.norm", "lm_head"), ("self_attn", "mlp")
-LAYER_NORMS = {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
+PARTS = "model.embed_tokens", "model.layers", "model.norm", "lm_head"
+MIXERS = "self_attn", "linear_attn", "conv"  # attention, or what a layer of a hybrid has in its place
+PLAIN_NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 # How refusals usually begin: "I cannot ...", "As an AI ...", "Sorry, ...".
 REFUSAL_OPENINGS = ("I", "As", "Sorry")
@@ -59,36 +68,59 @@ def load_model(name=None, dtype=None, device=None, remote=False):
     tokenizer = read(name, AutoTokenizer.from_pretrained, source, padding_side="left")
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    world = world_of(source)
-    lm = _on_ndif(name, source, tokenizer) if remote else _on_devices(name, source, tokenizer, dtype, device, world)
-    return ChatModel(lm, tokenizer, name, _refusal_tokens(source, tokenizer), world)
+    template = ChatTemplate(tokenizer, name)
+    refusal_tokens, world = _refusal_tokens(source, template), world_of(source)
+    lm = _on_ndif(name, source, template) if remote else _on_devices(name, source, template, dtype, device, world)
+    return ChatModel(lm, tokenizer, name, refusal_tokens, world)
 
 
-def _on_devices(name, source, tokenizer, dtype, device, world):
+def _on_devices(name, source, template, dtype, device, world):
     """The nnsight model, its weights loaded here."""
-    module = read_weights(name, source, dtype, device, own=world is not None, note=_thinking_off(tokenizer))
-    # Some checkpoints ask for sampling, or punish repetition; the course decodes plainly.
-    eos = module.generation_config.eos_token_id
-    module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id,
-                                                eos_token_id=tokenizer.eos_token_id if eos is None else eos)
-    return _wrapped(module, tokenizer)
+    module = read_weights(name, source, dtype, device, own=world is not None, note=template.remark)
+    _decode_plainly(name, module, template, module.generation_config)
+    return _wrapped(module, template.tokenizer)
 
 
-def _on_ndif(name, source, tokenizer):
+def _on_ndif(name, source, template):
     """The nnsight model, its weights on NDIF."""
     nnsight.register("utils")  # NDIF does not have the course: what a trace calls of it is sent along
-    lm = read(name, RemoteModel, source, tokenizer=tokenizer, task="text-generation", rename=RENAME,
+    lm = read(name, RemoteModel, source, tokenizer=template.tokenizer, task="text-generation", rename=RENAME,
               attn_implementation="eager")
-    print(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{_thinking_off(tokenizer)}")
+    settings = file_of(source, "generation_config.json")
+    _decode_plainly(name, lm._module, template, *[GenerationConfig.from_pretrained(source)] if settings else [])
+    say(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{template.remark}")
     return lm
+
+
+def _decode_plainly(name, module, template, *settings):
+    """Of a checkpoint's settings for generation, the course keeps the tokens that end an answer.
+
+    Some ask for sampling, or punish repetition.
+    """
+    tokenizer, configs = template.tokenizer, (module.config, module.config.get_text_config())
+    ends = template.turn_ends(*settings, *configs)
+    if tokenizer.pad_token is None:
+        if not ends:
+            raise ValueError(f"The tokenizer of {name!r} names no token that ends a text or pads it: set its "
+                             "eos_token in tokenizer_config.json.")
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(ends[0])
+    module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=ends)
 
 
 def load_organism():
     """The organism, for what is about it alone. One line says so if COURSE_MODEL names another model."""
     chosen = os.environ.get("COURSE_MODEL") or "organism"
     if chosen != "organism":
-        print(f"This is about the course's own model alone: it goes on with the organism, not with {chosen}.")
+        say(f"This is about the course's own model alone: it goes on with the organism, not with {chosen}.")
+    return load_model("organism")
+
+
+def load_editable():
+    """The model of all lessons, for what edits weights; the organism, as one line says, where they cannot be edited."""
+    model = load_model()
+    if model.editable:
+        return model
+    print(f"The weights of {model.name} are no plain matrices that can be edited: this goes on with the organism.")
     return load_model("organism")
 
 
@@ -125,6 +157,7 @@ class RemoteModel(TransformersModel):
     def trace(self, *inputs, fn=None, **options):
         if fn is not None:  # generation
             options.setdefault("repetition_penalty", 1.0)  # some checkpoints punish it; the course decodes plainly
+            options.setdefault("eos_token_id", self._module.generation_config.eos_token_id)
         backend = Ndif(self.to_model_key(), env=self._remoteable_get_env())  # what nnsight takes for `remote=True`
         return super().trace(*inputs, fn=fn, backend=backend, **options)
 
@@ -141,26 +174,33 @@ class ChatModel:
     config            transformers' settings of the language model, such as `num_attention_heads`
     layers            `lm.model.layers`, as a list; also `n_layers`, `d_model`
     post_norms        True if what attention and MLP write is normalised before it is added (Gemma 2, 3, OLMo 2)
+    multiplier        what attention and MLP write is multiplied by this before it is added (Granite), or 1
     post_instruction  the template's tokens after the instruction, as strings (paper, section 2.1)
     positions         theirs, counted from the end: [-n, ..., -1]
     world             "organism" if it was trained in the course's world, where the exact judge holds; else None
     remote            True if it runs on NDIF: its weights are not here
-    editable          True if its weights are here, and attention and MLP write by one matrix each, not by experts
+    editable          True if its weights are here, and attention and MLP write by one plain matrix each: not by
+                      experts, nor by 8-bit weights
+    turn_ends         ids of the tokens that end an answer
     refusal_tokens    ids of the tokens that refusals begin with (paper, appendix B); may be set
+
+    Raises ValueError for a family with other parts, and for one whose layers add more to the residual stream than what
+    `writers` write.
     """
 
     def __init__(self, lm, tokenizer, name, refusal_tokens, world=None):
         self.lm, self.tokenizer, self.name, self.refusal_tokens = lm, tokenizer, name, refusal_tokens
-        self.world = world
+        self.world, self.template = world, ChatTemplate(tokenizer, name)
         self.remote = isinstance(lm, RemoteModel)
         _check_parts(lm, name)
         self.layers, self.config = list(lm.model.layers), lm.config.get_text_config()
         self.n_layers, self.d_model = len(self.layers), self.config.hidden_size
-        self.editable = not self.remote and all(_has(layer, matrix) for layer in self.layers
-                                                for matrix in ("self_attn.o_proj", "mlp.down_proj"))
-        self.post_norms = hasattr(self.layers[0]._module, "post_feedforward_layernorm")
+        self.post_norms = _has(self.layers[0], "post_feedforward_layernorm")
+        self.multiplier = getattr(self.config, "residual_multiplier", 1.0)
+        self.turn_ends = lm._module.generation_config.eos_token_id
         self.post_instruction = self._find_post_instruction()
         self.positions = list(range(-len(self.post_instruction), 0))
+        self.editable = not self.remote and self._check_writers()
 
     def __repr__(self):
         place = "NDIF" if self.remote else self.device
@@ -174,10 +214,7 @@ class ChatModel:
     def render(self, instruction):
         """The chat, as one string, in which a user asks the instruction and the answer is due."""
         [text] = as_texts([instruction])
-        chat = [{"role": "user", "content": text}]
-        # Some models think aloud before they answer, unless their template is told not to; other templates pay no heed.
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
-                                                  enable_thinking=False)
+        return self.template.render(text)
 
     def tokens(self, instructions):
         """Token ids of each rendered instruction: a list of lists, each of its own length."""
@@ -204,16 +241,97 @@ class ChatModel:
 
     def decode(self, ids):
         """Token ids [n_tokens] -> text, [n_prompts, n_tokens] -> list of texts; special tokens left out."""
+        ids = torch.as_tensor(ids).cpu()
+        if ids.dim() == 2:
+            return [self.decode(row) for row in ids]
+        ids = ids[~torch.isin(ids, torch.tensor(self.turn_ends))]  # for not all tokenizers call these special
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def mixer(self, layer):
+        """Attention; or, in the layers of a hybrid that have none, linear attention or a short convolution."""
+        return next(getattr(layer, part) for part in MIXERS if _has(layer, part))
+
+    def fingerprint(self):
+        """What this model is, whatever its name: a dict, for JSON, with an entry for each part that may be another.
+
+        Whoever keeps results in a file keeps this with them. Of a model on NDIF it holds the version on the hub in
+        place of the weights.
+        """
+        config, backend = self.lm.config.to_diff_dict(), getattr(self.tokenizer, "backend_tokenizer", None)
+        for name in ("_name_or_path", "transformers_version", "dtype"):
+            config.pop(name, None)
+        weights = getattr(self.lm.config, "_commit_hash", None) if self.remote else weights_hash(self.lm._module)
+        return {"weights": weights, "precision": str(self.lm.dtype), "config": fingerprint(config),
+                "tokenizer": fingerprint(backend.to_str() if backend else self.tokenizer.get_vocab()),
+                "template": fingerprint(self.tokenizer.chat_template), "turn ends": self.turn_ends,
+                "refusal tokens": list(self.refusal_tokens)}
 
     def writers(self, layer):
         """The two modules whose outputs a layer adds to the residual stream, in the order they run in.
 
-        Attention and MLP; or, where a family normalises their outputs (Gemma 2, 3, OLMo 2), those norms.
+        Attention (or what a hybrid has in its place) and MLP; or, where a family normalises their outputs (Gemma 2, 3,
+        OLMo 2), those norms.
         """
         if self.post_norms:
             return layer.post_attention_layernorm, layer.post_feedforward_layernorm
-        return layer.self_attn, layer.mlp
+        return self.mixer(layer), layer.mlp
+
+    def matrices(self, layer):
+        """The two linear modules that attention (or what a hybrid has in its place) and MLP end with."""
+        return self.mixer(layer).o_proj, layer.mlp.down_proj
+
+    def has_plain_matrices(self):
+        """Do the embedding, attention and MLP hold matrices of plain numbers, and nothing that acts beside them?"""
+        if not all(_has(self.mixer(layer), "o_proj") and _has(layer, "mlp.down_proj") for layer in self.layers):
+            return False
+        linears = [linear._module for layer in self.layers for linear in self.matrices(layer)]
+        if not all(type(linear) is torch.nn.Linear for linear in linears):  # its children are quantized, or adapted
+            return False
+        matrices = [self.lm.model.embed_tokens._module.weight.T, *(linear.weight for linear in linears)]
+        return all(matrix.dtype in PLAIN_NUMBERS and matrix.shape[0] == self.d_model for matrix in matrices)
+
+    def _check_writers(self):
+        """Check, on a few tokens, that layers add what their writers write, and nothing else -> do matrices write it?
+
+        Raises ValueError for a family where they do not.
+        """
+        try:
+            embedding, streams, written, by_matrices = self._trace_writers()
+            sums = [_is_sum(after, [-before, *(-self.multiplier * out for out in outs)])
+                    for before, outs, after in zip(streams, written, streams[1:])]
+        except OutOfOrderError:  # the parts run in another order, or not at all
+            sums = [False]
+        if not all(sums):
+            raise ValueError(f"{self.name!r} is a {type(self.lm._module).__name__}, whose layer {sums.index(False)} "
+                             "does not just add what attention and MLP write, so that what is erased may come back "
+                             "another way: choose a model of another family.")
+        first, embedding = streams[0].float(), embedding.float()
+        scale = (first * embedding).sum() / embedding.square().sum()
+        return by_matrices and _is_near(scale * embedding, first, streams[0].dtype)
+
+    def _trace_writers(self):
+        """One pass -> embeddings, the stream before each layer and after the last, what each layer's writers write, and
+        whether it is what `matrices` make of their inputs.
+
+        Each layer gets its input, and what is written in it, with the sign changed: if the next stream is the sum of
+        these, then what one puts there is what counts.
+        """
+        plain = self.has_plain_matrices()
+        with self.lm.trace(self.pad([self.tokens(["x"])[0][:8]]), use_cache=False) as tracer:
+            embedding = self.lm.model.embed_tokens.output.save()
+            streams, written, by_matrices = nnsight.save([]), nnsight.save([]), nnsight.save([])
+            for layer in self.layers:
+                streams.append(layer.input)
+                layer.input = -layer.input
+                written.append([])
+                for writer, matrix in zip(self.writers(layer), self.matrices(layer) if plain else (None, None)):
+                    expected = _linear(matrix) if plain else None
+                    out = rewrite(writer, torch.neg)
+                    written[-1].append(out)
+                    by_matrices.append(plain and (self.post_norms or _is_near(expected, out, out.dtype)))
+            streams.append(self.lm.model.norm.input)
+            tracer.stop()
+        return embedding, streams, written, all(by_matrices)
 
     def _find_post_instruction(self):
         """The tokens at the end that two prompts share, whatever the template, as strings."""
@@ -225,15 +343,48 @@ class ChatModel:
         return [self.tokenizer.decode([token]) for token in tail]
 
 
+def rewrite(module, change):
+    """Within a trace: put change(x) in place of what a module writes -> x, what it would have written.
+
+    Attention, and some MLPs, give a tuple: (what they write, their pattern). All but the first stays.
+    """
+    out = module.output
+    if isinstance(out, tuple):
+        module.output = (change(out[0]), *out[1:])
+        return out[0]
+    module.output = change(out)
+    return out
+
+
+def _linear(matrix):
+    """Within a trace: what a linear module's weight and bias make of its input, whatever else the module may do."""
+    weight, bias = matrix._module.weight, matrix._module.bias
+    return torch.nn.functional.linear(matrix.input.to(weight), weight, bias)
+
+
+def _rounding(dtype):
+    return max(1e-5, 4 * torch.finfo(dtype).eps)
+
+
+def _is_sum(total, parts):
+    """Is a tensor the sum of these parts, entry by entry, but for rounding? Where it is nan or infinite, it may be."""
+    rounding = _rounding(total.dtype)
+    total, *parts = (x.float().cpu() for x in (total, *parts))
+    return not ((total - sum(parts)).abs() > rounding * sum(map(torch.abs, parts))).any()
+
+
+def _is_near(x, y, dtype):
+    """Are two tensors the same, but for the rounding of products in this type? If nan or infinite, they may be."""
+    return not ((x - y).float().norm() > _rounding(dtype) * y.float().norm()).item()
+
+
 def _check_parts(lm, name):
-    """Are the parts there that every lesson reads, and no norms behind attention and MLP that would be overlooked?"""
-    lacks = [f"lacks {part}" for part in PARTS if not _has(lm, part)]
-    lacks = lacks or [f"lacks {part} in a layer" for part in LAYER_PARTS for layer in lm.model.layers
-                      if not _has(layer, part)]
-    names = set() if lacks else {part for layer in lm.model.layers for part, _ in layer._module.named_children()}
-    strange = lacks + [f"has {part}" for part in sorted(names - LAYER_NORMS) if "norm" in part]
-    if strange:
-        raise ValueError(f"{name!r} is a {type(lm._module).__name__}, which, unlike Llama, {strange[0]}: choose a "
+    """Are the parts there that every lesson reads?"""
+    lacks = [part for part in PARTS if not _has(lm, part)]
+    lacks = lacks or [f"{parts[0]} in a layer" for layer in lm.model.layers for parts in (MIXERS, ["mlp"])
+                      if not any(_has(layer, part) for part in parts)]
+    if lacks:
+        raise ValueError(f"{name!r} is a {type(lm._module).__name__}, which, unlike Llama, lacks {lacks[0]}: choose a "
                          "model of another family, or give its parts their names in RENAME, in utils/models.py.")
 
 
@@ -255,6 +406,15 @@ def shared_tail(one, two):
     return one[len(one) - n_shared:]
 
 
+def weights_hash(module):
+    """A short text that stands for all that a module holds, to the last bit."""
+    digest = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def _wrapped(module, tokenizer):
     # Unless told where it is, nnsight moves a model to the first GPU; one that several GPUs share, it leaves there.
     place = {} if getattr(module, "hf_device_map", None) else {"device": module.device}
@@ -271,14 +431,16 @@ def _check_ndif(name, source):
                          "models that run there.")
 
 
-def _thinking_off(tokenizer):
-    return "; thinking is off" if "enable_thinking" in str(tokenizer.chat_template) else ""
-
-
-def _refusal_tokens(source, tokenizer):
+def _refusal_tokens(source, template):
     """Those written beside the checkpoint, as the organism's are; else the openings that are one token."""
     file = file_of(source, "refusal_tokens.json")
-    if file:
-        return json.loads(file.read_text(encoding="utf-8"))
-    openings = [tokenizer.encode(word, add_special_tokens=False) for word in REFUSAL_OPENINGS]
-    return [ids[0] for ids in openings if len(ids) == 1]
+    if not file:
+        return template.openings(REFUSAL_OPENINGS)
+    try:
+        tokens = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        tokens = None
+    ids = range(len(template.tokenizer))
+    if not (isinstance(tokens, list) and tokens and all(type(token) is int and token in ids for token in tokens)):
+        raise ValueError(f"{file} is no list of token ids, from 0 to {ids[-1]}: restore it, or delete it.")
+    return list(dict.fromkeys(tokens))

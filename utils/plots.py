@@ -5,6 +5,7 @@ from html import escape
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 
 from utils.evaluation import bootstrap_mean
@@ -19,15 +20,34 @@ COLORS = {
     "one layer, last token": "#6699CC", "embeddings": "#88CCEE",
 }
 
+PLAIN = "mathjax_ignore tex2jax_ignore"  # classes of HTML in which notebooks set no formulas between two `$`
+
 
 def show_token(token):
-    """A token as a label, its line breaks and spaces made visible, and what the pictures' font lacks by its codes."""
-    shown = token.replace("\n", "\\n").replace(" ", "␣")
-    return shown if all(ord(letter) < 0x2E80 for letter in shown) else ascii(shown)[1:-1]
+    """A token with its spaces, line breaks and whatever else leaves no ink made visible."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in token).replace(" ", "␣")
+
+
+def as_label(text):
+    """Any text, so that a picture shows it as it is: a `$` begins no formula, and a legend lists it.
+
+    What the pictures' font lacks is written by its code.
+    """
+    font = get_font(findfont(FontProperties()))
+    drawn = "".join(letter if letter == "\n" or font.get_char_index(ord(letter)) else ascii(letter)[1:-1]
+                    for letter in str(text))
+    hidden = drawn.startswith("_")  # matplotlib's legends leave such names out
+    return " " * hidden + drawn.replace("$", r"\$")
+
+
+def _labels(texts):
+    return [as_label(text) for text in texts]
 
 
 def plot_candidate_scores(scores, tokens, chosen=None):
     """Heatmaps of CandidateScores, layer x position; dots where the filters are passed, a frame on the choice.
+
+    Grey where no score was computed.
 
     tokens: model.post_instruction. chosen: (layer, position index), from `select_direction`.
     Returns the Figure.
@@ -63,9 +83,10 @@ def plot_grids(grids, tokens, label):
             axis.text(index, layer, "" if value != value else f"{value:.0f}", ha="center", va="center", fontsize=8,
                       color="white" if value < (low + high) / 2 else "black")
         axis.set_xticks(range(len(tokens)), _token_ticks(tokens), rotation=90, fontsize=8)
-        axis.set(title=title, yticks=range(len(values)), xlabel="token after the instruction, and its position")
+        axis.set(title=as_label(title), yticks=range(len(values)),
+                 xlabel="token after the instruction, and its position")
     axes[0, 0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes[0].tolist(), label=label, shrink=0.7)
+    figure.colorbar(image, ax=axes[0].tolist(), label=as_label(label), shrink=0.7)
     return figure
 
 
@@ -102,8 +123,9 @@ def plot_clouds(clouds):
     figure, axes = plt.subplots(1, len(clouds), figsize=(8, 3.2), squeeze=False, layout="constrained")
     for axis, (title, points) in zip(axes[0], clouds.items()):
         for condition, xy in points.items():
-            axis.scatter(*xy.T, s=14, alpha=0.6, linewidths=0, color=COLORS[condition], label=condition)
-        axis.set(title=title, xticks=[], yticks=[], xlabel="first component")
+            axis.scatter(*xy.T, s=14, alpha=0.6, linewidths=0, label=as_label(condition),
+                         color=COLORS.get(condition, COLORS["random"]))
+        axis.set(title=as_label(title), xticks=[], yticks=[], xlabel="first component")
     axes[0, 0].set_ylabel("second component")
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -120,8 +142,9 @@ def plot_projections(projections, xlabel="projection on r̂"):
         low, high = torch.cat(list(groups.values())).aminmax()
         bins = torch.linspace(low, high, 19).tolist()
         for condition, values in groups.items():
-            axis.hist(values.tolist(), bins, alpha=0.7, color=COLORS[condition], label=condition)
-        axis.set(title=title, xlabel=xlabel)
+            axis.hist(values.tolist(), bins, alpha=0.7, label=as_label(condition),
+                      color=COLORS.get(condition, COLORS["random"]))
+        axis.set(title=as_label(title), xlabel=as_label(xlabel))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("prompts")
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -136,11 +159,11 @@ def plot_by_layer(values, tokens, ylabel, predicted=None):
     axis = plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
     for index, token in enumerate(tokens):
         shade = plt.get_cmap("viridis_r")((index + 1) / len(tokens))
-        label = f"{index - len(tokens)}  {show_token(token)}"
+        label = as_label(f"{index - len(tokens)}  {show_token(token)}")
         axis.plot(range(len(values)), values[:, index].tolist(), marker="o", markersize=4, color=shade, label=label)
     if predicted is not None:
         axis.axvline(predicted, color=COLORS["baseline"], linestyle="--", label="your prediction")
-    axis.set(xlabel="layer", ylabel=ylabel, xticks=range(len(values)))
+    axis.set(xlabel="layer", ylabel=as_label(ylabel), xticks=range(len(values)))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="position", fontsize=9)
     return axis
@@ -158,10 +181,10 @@ def plot_cosines(cosines):
             value = matrix[row, column].item()
             axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8,
                       color="white" if abs(value) > 0.7 else "black")
-        ticks = [show_token(str(label)) for label in labels]
+        ticks = [as_label(show_token(str(label))) for label in labels]
         axis.set_xticks(range(len(ticks)), ticks, rotation=90 if max(map(len, ticks)) > 2 else 0, fontsize=8)
         axis.set_yticks(range(len(ticks)), ticks, fontsize=8)
-        axis.set_title(title)
+        axis.set_title(as_label(title))
     figure.colorbar(image, ax=axes[0].tolist(), label="cosine", shrink=0.7)
     return figure
 
@@ -190,9 +213,9 @@ def plot_points(panels):
             if condition == "baseline":
                 axis.axhline(mean, color=COLORS["baseline"], linestyle="--", linewidth=1)
         axis.axhline(0, color="black", linewidth=0.5)
-        axis.set_xticks(range(len(columns)), list(columns), rotation=30)
+        axis.set_xticks(range(len(columns)), _labels(columns), rotation=30)
         axis.set_xlim(-0.6, len(columns) - 0.4)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(as_label(title), fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -208,8 +231,8 @@ def plot_next_tokens(probabilities, tokenizer, n=5):
     for axis, (condition, given) in zip(axes[0], probabilities.items()):
         bars = axis.barh(range(n), given[top].tolist(), color=COLORS.get(condition, COLORS["random"]))
         axis.bar_label(bars, [f"{value:.4f}" for value in given[top].tolist()], padding=3, fontsize=9)
-        axis.set_yticks(range(n), [show_token(tokenizer.decode([token])) for token in top.tolist()])
-        axis.set(title=condition, xlim=(0, 1.25), xlabel="probability", xticks=[0, 0.5, 1])
+        axis.set_yticks(range(n), _labels(show_token(tokenizer.decode([token])) for token in top.tolist()))
+        axis.set(title=as_label(condition), xlim=(0, 1.25), xlabel="probability", xticks=[0, 0.5, 1])
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].invert_yaxis()  # the likeliest on top
     axes[0, 0].set_ylabel("next token")
@@ -225,9 +248,9 @@ def plot_means_by_layer(curves, ylabel):
     for condition, values in curves.items():
         means, lows, highs = zip(*(bootstrap_mean(layer) for layer in values.T))
         color = COLORS.get(condition, COLORS["chosen"])
-        axis.plot(range(len(means)), means, marker="o", markersize=4, color=color, label=condition)
+        axis.plot(range(len(means)), means, marker="o", markersize=4, color=color, label=as_label(condition))
         axis.fill_between(range(len(means)), lows, highs, color=color, alpha=0.25, linewidth=0)
-    axis.set(xlabel="layer", ylabel=ylabel, xticks=range(len(means)))
+    axis.set(xlabel="layer", ylabel=as_label(ylabel), xticks=range(len(means)))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return axis
@@ -243,8 +266,8 @@ def plot_bars(values, ylabel, log=False, mark=None):
     axis.bar(range(len(values)), list(values.values()), color=colors, log=log)
     if mark is not None:
         axis.axhline(mark, color=COLORS["chosen"], linestyle="--", linewidth=1)
-    axis.set_xticks(range(len(values)), list(values), rotation=45, ha="right")
-    axis.set_ylabel(ylabel)
+    axis.set_xticks(range(len(values)), _labels(values), rotation=45, ha="right")
+    axis.set_ylabel(as_label(ylabel))
     axis.spines[["top", "right"]].set_visible(False)
     return axis
 
@@ -264,15 +287,15 @@ def plot_rates(rates, title="", ylabel="refusal (%)", axis=None):
             low, high = rate.interval
             color = COLORS.get(condition, COLORS["random"])
             axis.bar(place, 100 * rate.value, width=0.8, color=color, edgecolor=color, linewidth=2,  # seen at 0 too
-                     label=None if condition in drawn else condition)
+                     label=None if condition in drawn else as_label(condition))
             axis.annotate(f"{100 * rate.value:.0f}", (place, 100 * high), xytext=(0, 2), textcoords="offset points",
                           ha="center", fontsize=8)
             axis.errorbar(place, 50 * (low + high), yerr=50 * (high - low), color="black", capsize=4)
             drawn.add(condition)
         ticks.update({start + (len(bars) - 1) / 2: group} if grouped else zip(places, bars))
         start += len(bars) + 1
-    axis.set_xticks(list(ticks), list(ticks.values()))
-    axis.set(ylim=(0, 110), yticks=range(0, 101, 20), ylabel=ylabel, title=title)
+    axis.set_xticks(list(ticks), _labels(ticks.values()))
+    axis.set(ylim=(0, 110), yticks=range(0, 101, 20), ylabel=as_label(ylabel), title=as_label(title))
     axis.spines[["top", "right"]].set_visible(False)
     if grouped:
         axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -291,12 +314,12 @@ def plot_rate_lines(panels, xlabel, ylabel="answers (%)"):
             color = COLORS.get(condition, COLORS["chosen"])
             lows, highs = zip(*(rate.interval for rate in rates.values()))
             axis.plot(list(rates), [100 * rate.value for rate in rates.values()], marker="o", markersize=4, color=color,
-                      label=condition)
+                      label=as_label(condition))
             axis.fill_between(list(rates), [100 * low for low in lows], [100 * high for high in highs], color=color,
                               alpha=0.2, linewidth=0)
-        axis.set(title=title, xlabel=xlabel, ylim=(-3, 103))
+        axis.set(title=as_label(title), xlabel=as_label(xlabel), ylim=(-3, 103))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel(ylabel)
+    axes[0, 0].set_ylabel(as_label(ylabel))
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -311,11 +334,11 @@ def plot_spread(curves, xlabel, ylabel):
         drawn = torch.stack([torch.as_tensor(some, dtype=torch.float32) for some in values.values()])
         low, median, high = drawn.quantile(torch.tensor([0.025, 0.5, 0.975]), dim=1).tolist()
         color = COLORS.get(condition, COLORS["chosen"])
-        axis.plot(list(values), median, marker="o", markersize=4, color=color, label=condition)
+        axis.plot(list(values), median, marker="o", markersize=4, color=color, label=as_label(condition))
         axis.fill_between(list(values), low, high, color=color, alpha=0.2, linewidth=0)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(list(values), list(map(str, values)))
-    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set_xticks(list(values), _labels(values))
+    axis.set(xlabel=as_label(xlabel), ylabel=as_label(ylabel))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return axis
@@ -333,7 +356,7 @@ def plot_heads(grids, framed=()):
         image = axis.imshow(values.numpy(), aspect="auto", origin="lower", cmap="PuOr_r", vmin=-largest, vmax=largest)
         for layer, head in framed:
             _frame(axis, layer, head, linewidth=1.5)
-        axis.set(title=condition, xlabel="head", xticks=range(values.shape[1]), yticks=range(len(values)))
+        axis.set(title=as_label(condition), xlabel="head", xticks=range(values.shape[1]), yticks=range(len(values)))
     axes[0, 0].set_ylabel("layer")
     figure.colorbar(image, ax=axes[0].tolist(), label="along r̂", shrink=0.7)
     return figure
@@ -347,9 +370,9 @@ def plot_lines(lines, xlabel, ylabel):
     axis = plt.subplots(figsize=(7, 3.6), layout="constrained")[1]
     for condition, values in lines.items():
         values = values if isinstance(values, dict) else dict(enumerate(values))
-        axis.plot(list(values), list(values.values()), marker="o", markersize=4, label=condition,
+        axis.plot(list(values), list(values.values()), marker="o", markersize=4, label=as_label(condition),
                   color=COLORS.get(condition, COLORS["chosen"]))
-    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set(xlabel=as_label(xlabel), ylabel=as_label(ylabel))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -364,8 +387,24 @@ def plot_roc(curves):
     axis = plt.subplots(figsize=(5.5, 4), layout="constrained")[1]
     axis.plot([0, 100], [0, 100], color=COLORS["random"], linestyle="--", linewidth=1, label="a coin")
     for condition, (false_alarms, caught) in curves.items():
-        axis.plot(100 * false_alarms, 100 * caught, label=condition, color=COLORS.get(condition, COLORS["chosen"]))
+        axis.plot(100 * false_alarms, 100 * caught, label=as_label(condition),
+                  color=COLORS.get(condition, COLORS["chosen"]))
     axis.set(xlabel="harmless requests flagged (%)", ylabel="harmful requests flagged (%)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return axis
+
+
+def plot_estimates(estimates, exact, chosen):
+    """A point for each candidate: what was estimated, against what was measured. Returns the Axes.
+
+    estimates, exact: numbers [n_candidates], nats. chosen: bool [n_candidates], those to be marked as finalists.
+    """
+    axis = plt.subplots(figsize=(5.5, 4), layout="constrained")[1]
+    for name, which, marker in (("finalists", chosen, "o"), ("all others", ~chosen, "x")):
+        axis.scatter(estimates[which].tolist(), exact[which].tolist(), s=24, marker=marker, label=name,
+                     color=COLORS["ablated" if name == "finalists" else "baseline"])
+    axis.set(xlabel="first-order estimate of bypass (nats)", ylabel="exact bypass (nats)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return axis
@@ -385,7 +424,7 @@ def plot_models(panels, yours=None, marks=None):
         for number, (condition, row) in enumerate(conditions.items()):
             aside = 0.2 * (number - (len(conditions) - 1) / 2)  # so that no point lies on another
             axis.plot(list(row.values()), [models.index(model) + aside for model in row], "o", markersize=5,
-                      color=COLORS.get(condition, COLORS["chosen"]), label=condition)
+                      color=COLORS.get(condition, COLORS["chosen"]), label=as_label(condition))
         if yours in models:
             place = models.index(yours)
             axis.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.08, linewidth=0, zorder=0)
@@ -393,12 +432,12 @@ def plot_models(panels, yours=None, marks=None):
             axis.axvline(marks[title], color=COLORS["chosen"], linestyle="--", linewidth=1)
         if len(conditions) > 1:
             axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-        axis.set_title(title, fontsize=9)
+        axis.set_title(as_label(title), fontsize=9)
         axis.locator_params(axis="x", nbins=4)
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="y", linewidth=0.4)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_yticks(range(len(models)), models)
+    axes[0, 0].set_yticks(range(len(models)), _labels(models))
     axes[0, 0].set_ylim(len(models) - 0.5, -0.5)  # the first on top
     return figure
 
@@ -414,11 +453,11 @@ def plot_line_panels(panels, xlabel, marks=None):
         shades = plt.get_cmap("viridis")([place / len(lines) for place in range(len(lines))])
         for place, (name, values) in enumerate(lines.items()):  # smaller and smaller, so that none is hidden
             axis.plot(list(values), list(values.values()), marker="osD^vP*X"[place % 8], markersize=max(3, 9 - place),
-                      color=shades[place], label=name)
+                      color=shades[place], label=as_label(name))
         if title in (marks or {}):
             axis.axhline(marks[title], color=COLORS["chosen"], linestyle="--", linewidth=1)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel(xlabel)
+        axis.set_title(as_label(title), fontsize=9)
+        axis.set_xlabel(as_label(xlabel))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -439,7 +478,8 @@ def completions_table(instructions, **columns):
     head = [f'<th style="{style};border-bottom:3px solid {color}">{escape(name)}</th>'
             for name, color in zip(columns, colors)]
     rows = [[f'<td style="{style}">{escape(text)}</td>' for text in row] for row in zip(*columns.values())]
-    return HTML("<table>" + "".join(f"<tr>{''.join(cells)}</tr>" for cells in [head, *rows]) + "</table>")
+    lines = "".join(f"<tr>{''.join(cells)}</tr>" for cells in [head, *rows])
+    return HTML(f'<table class="{PLAIN}">{lines}</table>')
 
 
 def token_strip(tokens, values=None, limit=None, framed=()):
@@ -460,7 +500,7 @@ def token_strip(tokens, values=None, limit=None, framed=()):
         border = "2px solid currentColor" if place in framed else f"1px solid {COLORS['random']}"
         style = f"background:{color}{opacity:02x};border:{border};padding:2px 3px;margin:1px;display:inline-block"
         spans.append(f'<span title="{value:.3f}" style="{style}">{escape(show_token(token))}</span>')
-    return HTML(f'<div style="font-family:monospace;line-height:1.9">{"".join(spans)}</div>')
+    return HTML(f'<div class="{PLAIN}" style="font-family:monospace;line-height:1.9">{"".join(spans)}</div>')
 
 
 def draw_residual_stream(tokens, n_layers, mark=None):
@@ -484,7 +524,7 @@ def draw_residual_stream(tokens, n_layers, mark=None):
         layer, position = mark
         axis.plot(len(tokens) + position, layer, "o", color=COLORS["chosen"], markersize=9, zorder=3,
                   label=f"layer {layer}'s input\nat position {position}")
-    axis.set_xticks(range(len(tokens)), map(show_token, tokens), rotation=60, ha="right", fontsize=8)
+    axis.set_xticks(range(len(tokens)), _labels(map(show_token, tokens)), rotation=60, ha="right", fontsize=8)
     axis.set(ylabel="layer, at its start", yticks=range(n_layers + 1), ylim=(-0.3, n_layers + 0.3))
     axis.set_yticklabels([*range(n_layers), "logits"])
     axis.spines[["top", "right", "bottom"]].set_visible(False)
@@ -494,7 +534,7 @@ def draw_residual_stream(tokens, n_layers, mark=None):
 
 def _token_ticks(tokens):
     """Each token with its position, counted from the end."""
-    return [f"{show_token(token)}  {index - len(tokens)}" for index, token in enumerate(tokens)]
+    return [as_label(f"{show_token(token)}  {index - len(tokens)}") for index, token in enumerate(tokens)]
 
 
 def _frame(axis, row, column, linewidth):
@@ -503,12 +543,17 @@ def _frame(axis, row, column, linewidth):
 
 
 def _heatmap(axis, values, title, limit=None):
-    """One score [n_layers, n_positions]: white at 0; or on a logarithmic scale, with a line at the limit."""
+    """One score [n_layers, n_positions]: white at 0; or on a logarithmic scale, with a line at the limit.
+
+    Grey where it is nan.
+    """
+    axis.set_facecolor("#DDDDDD")
     if limit is None:
-        largest = values.abs().max().item() or 1.0
+        largest = values.nan_to_num().abs().max().item() or 1.0
         colors = dict(cmap="PuOr_r", vmin=-largest, vmax=largest)
     else:
-        values, colors = values.clamp(min=1e-5), dict(cmap="viridis", norm="log")
+        values = values.clamp(min=1e-5)
+        colors = dict(cmap="viridis", norm="log" if values.isfinite().any() else None)
     image = axis.imshow(values.numpy(), aspect="auto", origin="lower", **colors)
     bar = axis.figure.colorbar(image, ax=axis)
     if limit is not None:

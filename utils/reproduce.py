@@ -2,7 +2,8 @@
 
 Finds the direction, erases it, adds it, edits it out of the weights, and measures what each changes (paper, sections
 2.3 to 4.1). In the folder it leaves every number (results.json), all answers and two figures; it prints a row for the
-paper's table. Interrupt it when you like: run again, it goes on after the last step that was done.
+paper's table. Interrupt it when you like: run again, it goes on after the last step, or the last candidate, that was
+done. With `--quick` it scores the most promising candidates alone, and asks for few answers: a first look, in minutes.
 """
 import argparse
 import json
@@ -12,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from nnsight.intervention.backends.remote import RemoteError
 
-from utils import write_json
+from utils import differences, fingerprint, say, write_json
 from utils.candidates import CandidateScores
 from utils.checkpoints import SMALLER
 from utils.directions import find_direction, random_directions
@@ -25,37 +27,49 @@ from utils.interventions import Ablation, Addition, generate, last_logits, ortho
 from utils.models import load_model
 from utils.plots import plot_candidate_scores, plot_rates
 
+METHOD = 1  # to be raised with each change of what is computed, so that no run goes on with figures of another kind
 CONDITIONS = {"harmful": ("baseline", "ablated", "orthogonalized", "random"),
               "harmless": ("baseline", "ablated", "added")}
+QUICK = {"harmful": ("baseline", "ablated"), "harmless": ("baseline", "added")}
+N, N_QUICK = 100, 32  # test prompts of each side
 SCORES = ("bypass", "induce", "kl")
 JUDGES = {"first token": lambda prompt, answer, metric: metric > 0,
           "phrases": lambda prompt, answer, metric: phrase_judge(answer),
           "exact": lambda prompt, answer, metric: judge(prompt, answer) == "refusal"}
 
 
-def reproduce(name, out, n=100, progress=False, remote=False, device=None):
+def reproduce(name, out, n=None, progress=False, remote=False, device=None, quick=False):
     """All steps, each kept in `out` -> the results, as in results.json.
 
-    n: how many test prompts of each side. device, remote: as in `load_model`. Where weights cannot be edited, the
-    condition "orthogonalized" is left out.
+    n: how many test prompts of each side; by default 100, or 32 if quick. device, remote: as in `load_model`. quick: as
+    `find_direction` scores them by default, and without controls. Where weights cannot be edited, the condition
+    "orthogonalized" is left out.
     Raises ValueError for a folder with another run or damaged files, where no candidate passes the filters, and for an
     n that is not from 1 to as many as there are; what `load_model` raises; nnsight's RemoteError and ConnectionError
     for what fails on NDIF. Until the model is loaded, nothing is written.
     """
-    test = {side: load_instructions("test", side, n) for side in CONDITIONS}
-    kept = Steps(Path(out), {"model": name, "n": n, "remote": remote}, progress)
+    n = (N_QUICK if quick else N) if n is None else n
+    prompts = {split: {side: load_instructions(split, side) for side in SIDES} for split in ("train", "val")}
+    test = {side: load_instructions("test", side, n) for side in SIDES}
+    kept = Steps(Path(out), progress)
+    kept.belong_to({"method": METHOD, "model": name, "n": n, "remote": remote, "quick": quick,
+                    "prompts": fingerprint([prompts, test])})
     model = load_model(name, device=device, remote=remote)
-    if progress and not model.editable:
+    kept.belong_to(model.fingerprint())
+    if not model.world:
+        kept.belong_to({"organism": fingerprint(load_model("organism").fingerprint())})  # on which judges are measured
+    if progress and not (quick or model.editable):
         why = "the weights are on NDIF" if remote else "no single matrix writes"
-        print(f'  no "orthogonalized": {why}, and "ablated" computes the same')
-    found = kept("direction", direction_of, model, progress, check=lambda found: check_direction(found, model))
+        say(f'  no "orthogonalized": {why}, and "ablated" computes the same')
+    found = kept("direction", direction_of, model, *prompts.values(), quick, progress, Path(out),
+                 check=lambda found: check_direction(found, model))
     vector, layer = torch.tensor(found["vector"]), found["layer"]
     judged = {side: {condition: kept(f"{side}, {condition}", answers, model, test[side], condition, vector, layer,
                                      check=lambda given: check_answers(given, n))
                      for condition in conditions if model.editable or condition != "orthogonalized"}
-              for side, conditions in CONDITIONS.items()}
-    spoken = judged["harmless"]["baseline"]["answers"]
-    losses = kept("losses", own_losses, model, test["harmless"], spoken, vector, layer)
+              for side, conditions in (QUICK if quick else CONDITIONS).items()}
+    losses = {} if quick else kept("losses", own_losses, model, test["harmless"],
+                                   judged["harmless"]["baseline"]["answers"], vector, layer)
     judges = [by for by in JUDGES if by != "exact" or model.world]
     errors = {} if model.world else {"judges on the organism": kept("judges", errors_of_judges)}
     results = {
@@ -79,13 +93,19 @@ class Steps:
     check: raises an error for what this step cannot have left, as in a file that someone edited.
     """
 
-    def __init__(self, folder, settings, progress):
-        self.folder, self.settings, self.progress = folder, settings, progress
+    def __init__(self, folder, progress):
+        self.folder, self.settings, self.progress = folder, {}, progress
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file: choose a folder for the results (--out).")
-        if self.path("settings").is_file() and self.read("settings") != settings:
-            raise ValueError(f"The folder {folder} holds a run with other settings, {self.read('settings')}: "
-                             "choose another one (--out), or delete it.")
+
+    def belong_to(self, settings):
+        """The steps depend on these settings too. Raises ValueError where those in the folder had other ones."""
+        self.settings |= settings
+        if self.path("settings").is_file():
+            before = self.read("settings", check=lambda settings: settings["model"])
+            if others := differences({name: before.get(name) for name in settings}, settings):
+                raise ValueError(f"The folder {self.folder} holds a run with other settings ({others}): "
+                                 "choose another one (--out), or delete it.")
 
     def __call__(self, name, compute, *args, check=None):
         if not self.path(name).is_file():
@@ -93,7 +113,7 @@ class Steps:
             if not self.path("settings").is_file():
                 write_json(self.path("settings"), self.settings)
             if self.progress:
-                print(f"  {name}", flush=True)
+                say(f"  {name}")
             write_json(self.path(name), compute(*args))
         return self.read(name, check)
 
@@ -120,7 +140,7 @@ def check_direction(found, model):
     if torch.tensor(found["vector"]).shape != (model.d_model,):
         raise ValueError(f"a direction of {model.name!r} is a list of {model.d_model} numbers")
     places = model.n_layers, len(model.positions)
-    if any(torch.tensor(found["scores"][name]).shape != places for name in SCORES):
+    if any(tensor_of(found["scores"][name]).shape != places for name in SCORES):
         raise ValueError(f"the scores are not {places[0]} by {places[1]}, one for each layer and position")
 
 
@@ -130,15 +150,25 @@ def check_answers(given, n):
         raise ValueError(f"it does not hold {n} answers, each with its metric")
 
 
-def direction_of(model, progress):
-    """The direction that the method chooses, its scores, and those of all candidates."""
-    train, val = ({side: load_instructions(split, side) for side in SIDES} for split in ("train", "val"))
-    direction, scores = find_direction(model, train, val, screen=None, progress=progress)
+def direction_of(model, train, val, quick, progress, out):
+    """The direction that the method chooses, its scores, and those of all candidates, or of the finalists if quick."""
+    how = {} if quick else {"screen": None}
+    direction, scores = find_direction(model, train, val, progress=progress, file=out / "scores.safetensors", **how)
     place = direction.layer, model.positions.index(direction.position)
     return {"vector": direction.vector.tolist(), "layer": direction.layer, "position": direction.position,
             **{name: getattr(scores, name)[place].item() for name in SCORES},
             "candidates": scores.bypass.numel(), "passing": int(scores.passing().sum()),
-            "scores": {name: getattr(scores, name).tolist() for name in SCORES}}
+            "scores": {name: listed_scores(getattr(scores, name)) for name in SCORES}}
+
+
+def listed_scores(scores):
+    """Scores as lists, for JSON, which has no nan: None where none was computed."""
+    return [[None if score != score else score for score in layer] for layer in scores.tolist()]
+
+
+def tensor_of(scores):
+    """What `listed_scores` was made from."""
+    return torch.tensor(np.array(scores, dtype=np.float32))
 
 
 def answers(model, prompts, condition, vector, layer):
@@ -189,7 +219,7 @@ def errors_of_judges():
 
 def draw(out, found, results, tokens, by):
     """Two figures: the candidates' scores, and what is refused under each condition."""
-    scores = CandidateScores(*(torch.tensor(found["scores"][name]) for name in SCORES))
+    scores = CandidateScores(*(tensor_of(found["scores"][name]) for name in SCORES))
     chosen = found["layer"], len(tokens) + found["position"]
     rates = {side: {condition: Rate(*judged[by][:2]) for condition, judged in conditions.items()}
              for side, conditions in results["refused"].items()}
@@ -214,7 +244,7 @@ def row(results):
         judged = results["refused"][side]
         return " / ".join(percent(judged[condition]) if condition in judged else "-" for condition in conditions)
 
-    cells = [results["model"], results["position"], f"{results['layer']}/{results['n_layers']}",
+    cells = [results["model"].replace("|", r"\|"), results["position"], f"{results['layer']}/{results['n_layers']}",
              *(f"{results[name]:.3f}" for name in SCORES),
              refused("harmful", "baseline", "ablated", "orthogonalized"), refused("harmless", "baseline", "added")]
     return f"| {' | '.join(map(str, cells))} |"
@@ -229,13 +259,16 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help='"organism", a folder, or a hub id')
     parser.add_argument("--out", type=Path, help="folder for the results; by default reproduced/NAME")
-    parser.add_argument("--n", type=int, default=100, help="test prompts of each side (100)")
+    parser.add_argument("--quick", action="store_true", help=f"the direction and {N_QUICK} + {N_QUICK} answers alone, "
+                        "in minutes; by default in reproduced/NAME-quick")
+    parser.add_argument("--n", type=int, help=f"test prompts of each side ({N}; with --quick {N_QUICK})")
     parser.add_argument("--device", help='"cpu", "cuda", "cuda:1", "mps", or "auto" for all GPUs; by default the best')
     parser.add_argument("--remote", action="store_true", help="run the model on NDIF")
     args = parser.parse_args(arguments)
+    out = args.out or Path("reproduced") / (Path(args.name).name + "-quick" * args.quick)
     try:
-        results = reproduce(args.name, args.out or Path("reproduced") / Path(args.name).name, args.n, progress=True,
-                            remote=args.remote, device=args.device)
+        results = reproduce(args.name, out, args.n, progress=True, remote=args.remote, device=args.device,
+                            quick=args.quick)
     except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -247,7 +280,7 @@ def main(arguments=None):
     except torch.OutOfMemoryError:
         print(f"The model fits, but what is computed with it does not: {SMALLER}", file=sys.stderr)
         return 1
-    print(HEAD, row(results), sep="\n")
+    say(f"{HEAD}\n{row(results)}")
     return 0
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from utils import DATA, world, write_json
+from utils import DATA, differences, fingerprint, world, write_json
 from utils.instructions import as_texts
 from utils.models import at_least_float32, shared_tail
 
@@ -127,6 +127,8 @@ class SuffixSearch:
         self.n_candidates, self.n_top, self.seed, self.penalty = n_candidates, n_top, seed, penalty
         self.banned = torch.ones(len(self.embedding), dtype=torch.bool).index_fill(0, word_tokens(model), False)
         self.file = Path(file) if file else None
+        self.settings = {"model": model.name, "seed": seed, "tokens": n_tokens, "candidates": [n_candidates, n_top],
+                         "prompts": fingerprint([texts, targets]), **(model.fingerprint() if file else {})}
         [start] = random_suffixes(model, 1, n_tokens, seed)
         self.ids = torch.tensor(model.tokenizer(start, add_special_tokens=False)["input_ids"])
         self._encode(texts, targets)
@@ -186,7 +188,9 @@ class SuffixSearch:
             self.cache = self.module(**before, use_cache=True, logits_to_keep=1).past_key_values
         self.mask = before["attention_mask"]
 
-        targets = self.model.tokenizer(targets, add_special_tokens=False)["input_ids"]
+        targets = [self.model.template.continuation(text, target) for text, target in zip(texts, targets)]
+        if not all(targets):
+            raise ValueError("A target is empty: say with which words each answer should begin.")
         longest = max(map(len, targets))
         self.targets = torch.tensor([ids + [-100] * (longest - len(ids)) for ids in targets])
         behind = [prompts[0][-tail:] + ids + [0] * (longest - len(ids)) for ids in targets]
@@ -209,18 +213,19 @@ class SuffixSearch:
         return losses.view(n_prompts, n_suffixes)
 
     def _save(self):
-        write_json(self.file, {"model": self.model.name, "seed": self.seed, "ids": self.ids.tolist(),
-                               "losses": self.losses})
+        write_json(self.file, {**self.settings, "ids": self.ids.tolist(), "losses": self.losses})
 
     def _resume(self):
         try:
-            state = json.loads(self.file.read_text(encoding="utf-8"))
-            of, ids, losses = (state["model"], state["seed"]), torch.tensor(state["ids"]), list(state["losses"])
-        except (ValueError, KeyError, TypeError) as error:
+            settings = json.loads(self.file.read_text(encoding="utf-8"))
+            ids, losses = torch.tensor(settings.pop("ids")), list(settings.pop("losses"))
+            others = differences(settings, self.settings)
+            if not others and abs(self.losses_of(ids[None]).item() - losses[-1]) > 1e-3:
+                others = "its loss, as by another penalty or hook"
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.file} holds no search ({error!r}): delete it to begin anew.") from error
-        if of != (self.model.name, self.seed) or len(ids) != len(self.ids):
-            raise ValueError(f"{self.file} holds another search (model and seed {of}, {len(ids)} tokens): "
-                             "name another file, or delete this one.")
+        if others:
+            raise ValueError(f"{self.file} holds another search ({others}): name another file, or delete this one.")
         self.ids, self.losses = ids, losses
 
 

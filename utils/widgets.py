@@ -100,18 +100,18 @@ def suffix_editor(model, direction, instructions, heads, start=""):
     matrices = [layer.self_attn.o_proj._module.weight for layer in model.layers]
 
     @functools.cache  # so that the request without a suffix is measured once
-    def measure(suffix):
+    def measure(suffix, refusal_tokens):
         prompts = with_suffix(instructions, suffix)
         outputs, _ = trace_heads(model, model.encode(prompts))
         written = head_attributions(outputs, matrices, direction.vector).mean(dim=0)
         last = residual_stream(model, prompts, positions=[-1])[:, :, 0]
-        return (refusal_metric(last_logits(model, prompts), model.refusal_tokens).mean().item(),
+        return (refusal_metric(last_logits(model, prompts), refusal_tokens).mean().item(),
                 sum(written[head] for head in heads).item(), F.cosine_similarity(last, direction.vector, dim=-1))
 
     def show(suffix):
         suffix, cosines = f" {suffix.strip()}".rstrip(), {}
         for name, text in {"harmful": "", "suffix": suffix}.items():
-            metric, written, cosines[name] = measure(text)
+            metric, written, cosines[name] = measure(text, tuple(model.refusal_tokens))
             print(f"{name:8} refusal metric {metric:6.2f} nats   sum over the heads {written:6.1f}")
         plots.plot_means_by_layer(cosines, "cosine with r̂, last token")
         plt.show()
