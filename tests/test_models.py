@@ -9,6 +9,7 @@ from pathlib import Path
 import nnsight
 import pytest
 import torch
+from exact import assert_same
 from safetensors.torch import load_file, save_file
 from tiny_models import POST_INSTRUCTION, TEMPLATE, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -115,7 +116,7 @@ def test_what_the_writers_write_is_all_that_a_layer_adds(model):
             steps.append((before, written, layer.output))
         nnsight.save(steps)
     for before, written, after in steps:
-        torch.testing.assert_close(before + model.multiplier * written, after, rtol=1e-5, atol=1e-5)
+        assert_same(before + model.multiplier * written, after)
         assert written.abs().max() > 0.1
 
 
