@@ -1,6 +1,7 @@
 """A model that several devices share. There is one here: the second is a pretence, see `TwoDevices`."""
 import pytest
 import torch
+from exact import assert_same
 from tiny_models import save_tiny
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -97,8 +98,8 @@ def test_interventions_follow_the_layers(both, change):
     with TwoDevices():
         logits, answers = last_logits(two, PROMPTS, change), generate(two, PROMPTS, change, 3)
         losses = answer_losses(two, ANSWERED, change)
-    torch.testing.assert_close(logits, last_logits(one, PROMPTS, change))
-    torch.testing.assert_close(losses, answer_losses(one, ANSWERED, change))
+    assert_same(logits, last_logits(one, PROMPTS, change))
+    assert_same(losses, answer_losses(one, ANSWERED, change))
     assert answers == generate(one, PROMPTS, change, 3)
 
 
@@ -107,15 +108,15 @@ def test_a_direction_on_another_device_comes_to_the_model(both, change):
     one, two = both
     with TwoDevices():
         logits = last_logits(two, PROMPTS, change(mark(randn(32), far=True)))
-    torch.testing.assert_close(logits, last_logits(one, PROMPTS, change(randn(32))))
+    assert_same(logits, last_logits(one, PROMPTS, change(randn(32))))
 
 
 def test_readings_come_together(both):
     one, two = both
     with TwoDevices():
         streams, heads = residual_stream(two, PROMPTS), trace_heads(two, two.encode(PROMPTS))
-    torch.testing.assert_close(streams, residual_stream(one, PROMPTS))
-    torch.testing.assert_close(heads, trace_heads(one, one.encode(PROMPTS)))
+    assert_same(streams, residual_stream(one, PROMPTS))
+    assert_same(heads, trace_heads(one, one.encode(PROMPTS)))
 
 
 @pytest.mark.parametrize("edit", [orthogonalized, lambda m, r: added_bias(m, r, 3)], ids=["orthogonalized", "bias"])
@@ -124,7 +125,7 @@ def test_edits_follow_the_weights(both, edit):
     with TwoDevices(), edit(two, randn(32)):
         logits = last_logits(two, PROMPTS)
     with edit(one, randn(32)):
-        torch.testing.assert_close(logits, last_logits(one, PROMPTS))
+        assert_same(logits, last_logits(one, PROMPTS))
 
 
 def test_the_pretence_tells_near_from_far():

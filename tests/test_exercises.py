@@ -507,5 +507,5 @@ def test_an_exercise_used_inside_a_trace(capsys):
     with model.lm.trace(model.encode(["Hello."])):
         model.layers[0].input = ablate(model.layers[0].input, direction)
         found = model.layers[0].input.save()
-    assert (found @ direction).abs().max() < 1e-3
+    assert (found @ direction).abs().max() < 1e-3 * found.norm(dim=-1).max()
     assert "ablate is still blank" in capsys.readouterr().out

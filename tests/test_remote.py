@@ -15,6 +15,7 @@ import nnsight
 import pytest
 import torch
 import websocket
+from exact import assert_same
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.modeling.huggingface import HuggingFaceModel
 from nnsight.schema.request import RequestModel
@@ -126,9 +127,9 @@ def remote(both):
     return both("llama")[1]
 
 
-def assert_same(both, read):
+def read_both(both, read):
     here, there = map(read, both)
-    torch.testing.assert_close(there, here, rtol=0, atol=1e-5)
+    assert_same(there, here)
     return there
 
 
@@ -139,7 +140,7 @@ def assert_same(both, read):
     pytest.param(change, id=name, marks=[] if name in FAST else pytest.mark.slow)
     for name, change in INTERVENTIONS.items()])
 def test_every_intervention_is_the_same_there(both, ndif, reading, change):
-    found = assert_same(both("llama"), lambda model: reading(model, change))
+    found = read_both(both("llama"), lambda model: reading(model, change))
     assert found.device.type == "cpu"
     assert "CodeType" not in names_in(ndif[-1])  # code goes as source: bytecode would ask for the same Python there
 
@@ -149,15 +150,15 @@ def test_every_intervention_is_the_same_there(both, ndif, reading, change):
 @pytest.mark.parametrize("change", ["ablation", "addition"])
 def test_other_architectures_too(both, architecture, change):
     for reading in READINGS.values():
-        assert_same(both(architecture), lambda model: reading(model, INTERVENTIONS[change]))  # noqa: B023
+        read_both(both(architecture), lambda model: reading(model, INTERVENTIONS[change]))  # noqa: B023
 
 
 def test_the_residual_stream_and_the_heads(both):
-    streams = assert_same(both("llama"), lambda model: residual_stream(model, PROMPTS, batch_size=3))
+    streams = read_both(both("llama"), lambda model: residual_stream(model, PROMPTS, batch_size=3))
     assert streams.shape == (4, 4, 5, 32)
-    assert_same(both("llama"), lambda model: mean_residual_stream(model, PROMPTS, [-2, -1], batch_size=3))
+    read_both(both("llama"), lambda model: mean_residual_stream(model, PROMPTS, [-2, -1], batch_size=3))
     for which in (0, 1):
-        assert_same(both("llama"), lambda model: trace_heads(model, model.encode(PROMPTS))[which])  # noqa: B023
+        read_both(both("llama"), lambda model: trace_heads(model, model.encode(PROMPTS))[which])  # noqa: B023
 
 
 def test_answers_are_text(both):

@@ -75,7 +75,7 @@ def test_the_planted_direction_does_what_it_should(whole):
     assert list(results["refused"]["harmful"]["baseline"]) == ["first token", "phrases"]  # its texts have no grammar
     assert results["judges on the organism"] == ERRORS
     metric = results["refusal metric, mean in nats"]["harmful"]
-    assert metric["ablated"] == pytest.approx(metric["orthogonalized"], abs=1e-3)  # of some 20 nats, in float32
+    assert metric["ablated"] == pytest.approx(metric["orthogonalized"], abs=1e-4)  # in float32; the metric reaches 78
     losses = results["loss on its own answers, nats per token"]
     assert losses["ablated"] == pytest.approx(losses["baseline"], abs=1e-3)
     assert all((whole / name).stat().st_size > 10_000 for name in ("candidates.png", "refusal.png"))

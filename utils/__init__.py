@@ -2,6 +2,7 @@
 
     world           how the organism's requests are asked and answered, and its exact judge
     instructions    the one-line requests that a model is studied with
+    formats         GGUF files and adapters, made into plain weights
     checkpoints     find a model's files by its name, and read its weights
     templates       what a chat template makes of a request
     models          load a chat model; its tokens, template and layers, the same on every architecture

@@ -1,18 +1,31 @@
 """Find a checkpoint by its name and read its weights: where they lie, on which device, in which precision."""
 import json
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, logging
-from transformers.utils import cached_file, is_accelerate_available
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers.utils import CONFIG_NAME, cached_file, is_accelerate_available
 
-from utils import DATA
+from utils import DATA, say
+from utils.formats import (
+    SHARD,
+    Gguf,
+    complete_config,
+    complete_tokenizer,
+    forget_gguf,
+    gguf_options,
+    library,
+    merged,
+    read_gguf,
+)
 
-ORGANISM = DATA / "organism"
+COURSE, ORGANISM = DATA.parent, DATA / "organism"
+ADAPTER = "adapter_config.json"
 
 SMALLER = 'choose a smaller model, close other programs, or try device="auto" (all GPUs) or remote=True (NDIF).'
 
@@ -21,22 +34,99 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
-def locate(name):
-    """The folder, or else the hub id, that a name stands for."""
-    folder = Path(name).expanduser()
-    if name == "organism":
-        folder = ORGANISM / "chat"
-    elif name == "helpful_only" or name.startswith("tuning/"):
-        folder = ORGANISM / name
-    elif not folder.is_dir() and name.count("/") == 1 and name[0] not in "./~":
-        return name
-    if not (folder / "config.json").is_file():
-        steps = sorted((f"tuning/{step.name}" for step in (ORGANISM / "tuning").glob("*")),
-                       key=lambda step: (len(step), step))
-        raise FileNotFoundError(
-            f"There is no model {name!r} ({folder}): choose {', '.join(['organism', 'helpful_only', *steps])}, "
-            "a folder, or a hub id (owner/name); `make model` builds the course's own.")
-    return str(folder)
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the files of a model lie.
+
+    source: the folder or hub id of its config, tokenizer and weights. gguf: the file in there that is all three; else
+    None. adapter: the folder or hub id of an adapter that changes the weights; else None.
+    """
+    source: str
+    gguf: Gguf | None = None
+    adapter: str | None = None
+
+    @property
+    def options(self):
+        """What transformers is to be told besides the source. It shall run no code that a checkpoint brings."""
+        return {"trust_remote_code": False, **({"gguf_file": self.gguf.file} if self.gguf else {})}
+
+
+def locate(name, base=None):
+    """The Checkpoint that a name stands for. base: that of an adapter's model, in place of the one that it names."""
+    course = {"organism": "chat", "helpful_only": "helpful_only"}
+    path = ORGANISM / course.get(name, name) if name in course or name.startswith("tuning/") else path_of(name)
+    if path is None:
+        owner, repository, *file = name.split("/", 2)
+        source, file = f"{owner}/{repository}", "".join(file)
+    elif path.suffix == ".gguf":
+        source, file = str(path.parent), path.name
+    else:
+        source, file = str(path), lone_gguf(path)
+    here = path is None or path.exists()
+    whole, adapter = (file or file_of(source, CONFIG_NAME), file_of(source, ADAPTER)) if here else (None, None)
+    if path and not whole and not adapter:
+        raise FileNotFoundError(f"There is no model {name!r} ({path.absolute()}, nor in the course's folder): choose "
+                                f"{', '.join(course_names())}, a folder, a .gguf file, or a hub id (owner/name); "
+                                "`make model` builds the course's own.")
+    if not whole and not adapter and "gguf" in name.lower():
+        raise ValueError(f"Please say which GGUF file of {name!r}: {name}/FILE.gguf.")
+    if base and not adapter:
+        raise ValueError(f"{name!r} is no adapter, which has an {ADAPTER}: load it without base=.")
+    if adapter and (base or not whole):
+        checkpoint = locate_base(name, adapter, base)
+    else:
+        checkpoint = Checkpoint(source, find_gguf(name, source, file) if file else None)
+    if adapter:
+        library(name, "peft", f"its adapter ({adapter}) is merged into the weights")
+    return replace(checkpoint, adapter=source if adapter else None)
+
+
+def path_of(name):
+    """The file or folder that a name stands for, here or in the course's folder, there or not; None for a hub id."""
+    paths = [Path(name).expanduser(), COURSE / name]
+    hub = name[0] not in "./~" and name.count("/") == (2 if name.endswith(".gguf") else 1)
+    return next(filter(Path.exists, paths), None if hub else paths[0])
+
+
+def course_names():
+    """The names of the course's own checkpoints."""
+    steps = sorted((step.name for step in (ORGANISM / "tuning").glob("*")), key=lambda step: (len(step), step))
+    return ["organism", "helpful_only", *(f"tuning/{step}" for step in steps)]
+
+
+def lone_gguf(folder):
+    """The name of the GGUF file that is all there is of a model in a folder; "" where there is none, or more."""
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if not files or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+        return ""
+    whole = [file for file in files if not SHARD.search(file)] or files[:1]
+    if len(whole) > 1:
+        raise ValueError(f"The folder {str(folder)!r} holds several GGUF files: load one by its path, "
+                         f"{', '.join(str(folder / file) for file in whole)}.")
+    return whole[0]
+
+
+def find_gguf(name, source, file):
+    """The Gguf of a checkpoint, fetched if it is not here."""
+    with progress_bars(shown=True):
+        path = read(name, cached_file, source, file)
+    return read_gguf(name, path, file)
+
+
+def locate_base(name, adapter, base):
+    """The Checkpoint of the model that an adapter was made for, which the file `adapter` names, or else `base`."""
+    base = base or read(name, json.loads, adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or Path(base).resolve() == adapter.parent.resolve():
+        raise ValueError(f"The adapter {name!r} does not say which model it changes: load_model(..., base=...) does.")
+    try:
+        checkpoint = locate(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The model {base!r}, which the adapter {name!r} changes, is not here: say where it "
+                                "is, load_model(..., base=...).") from error
+    if checkpoint.adapter:
+        raise ValueError(f"The adapter {name!r} changes {base!r}, which has an adapter of its own: merge that one into "
+                         "its weights first, and save them.")
+    return checkpoint
 
 
 def file_of(source, filename):
@@ -59,29 +149,58 @@ def world_of(source):
     return content["world"]
 
 
-def read_weights(name, source, dtype, device, own=False, note=""):
+def read_tokenizer(name, checkpoint):
+    """The tokenizer, that of an adapter if it brings one. It pads on the left."""
+    if checkpoint.adapter and file_of(checkpoint.adapter, "tokenizer_config.json"):
+        config = read(name, AutoConfig.from_pretrained, checkpoint.source, **checkpoint.options)
+        return read(name, AutoTokenizer.from_pretrained, checkpoint.adapter, config=config, padding_side="left",
+                    trust_remote_code=False)
+    tokenizer = read(name, AutoTokenizer.from_pretrained, checkpoint.source, padding_side="left", **checkpoint.options)
+    if checkpoint.gguf:
+        complete_tokenizer(tokenizer, checkpoint.gguf)
+    return tokenizer
+
+
+def read_weights(name, checkpoint, dtype, device, own=False, note=""):
     """The transformers model, its weights where they are to be. One line says what was chosen, with a note.
 
     own: True for a model of the course's world, of which nothing is said.
     """
-    config = read(name, AutoConfig.from_pretrained, source)
+    config, gguf = read(name, AutoConfig.from_pretrained, checkpoint.source, **checkpoint.options), checkpoint.gguf
+    if gguf:
+        complete_config(name, config, gguf)
     n_weights = read(name, n_parameters, config)
+    if gguf and gguf.n_weights != n_weights:
+        raise ValueError(f"{name!r} is a GGUF file of {gguf.n_weights:,} weights, where its family {gguf.family!r} has "
+                         f"{n_weights:,}: transformers does not read it whole. Take the model's own folder or hub id.")
+    stored = gguf.dtype if gguf else config.dtype
+    quantization = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if gguf:
+        note = f", dequantized from a GGUF file in {gguf.quantization}{note}"
+    if quantization:
+        note = f", stored in {quantization}{note}"
+    if checkpoint.adapter:
+        note = f", with the adapter {checkpoint.adapter} merged into its weights{note}"
     devices = devices_of(device or ("cpu" if own else best_device()))
-    dtype = dtype or (torch.float32 if own else best_dtype(n_weights, config.dtype, devices[0]))
+    dtype = dtype or (torch.float32 if own else best_dtype(n_weights, stored, devices[0]))
     size, free, place = memory_needed(n_weights, dtype), sum(map(memory_free, devices)), ", ".join(map(str, devices))
     if size > free:
         raise MemoryError(f"{name!r} takes {size / 1e9:.1f} GB in {short(dtype)}, and {free / 1e9:.1f} GB are free on "
                           f"{place}: {SMALLER}")
     if not own:
-        print(f"{name}: {n_weights / 1e6:,.3g} million weights, {size / 1e9:.2g} GB in {short(dtype)} on "
-              f"{place}{note}")
+        say(f"{name}: {n_weights / 1e6:,.3g} million weights, {size / 1e9:.2g} GB in {short(dtype)} on {place}{note}")
     with progress_bars(shown=not own):
-        module, report = read(name, AutoModelForCausalLM.from_pretrained, source, dtype=dtype,
+        module, report = read(name, AutoModelForCausalLM.from_pretrained, checkpoint.source, config=config, dtype=dtype,
                               device_map="auto" if len(devices) > 1 else None,
                               attn_implementation="eager",  # the only one that gives attention's patterns
                               # the only one that knows float64
                               experts_implementation="eager" if dtype == torch.float64 else None,
-                              output_loading_info=True)
+                              # transformers attaches an adapter beside the weights by itself, unless it looks elsewhere
+                              adapter_kwargs={"subfolder": "none"}, output_loading_info=True, trust_remote_code=False,
+                              **(gguf_options(gguf) if gguf else {}))
+    if report["missing_keys"] and quantization:
+        raise ValueError(f"{name!r} is stored in a quantization ({quantization}) that transformers does not read: "
+                         "choose the same model in plain weights or in GGUF.")
     if report["missing_keys"]:
         raise OSError(f"The weights of {name!r} lack {min(report['missing_keys'])}: "
                       "restore or download them again.")
@@ -89,6 +208,10 @@ def read_weights(name, source, dtype, device, own=False, note=""):
         module.to(devices[0])
     elif not {weight.device for weight in module.parameters()} <= set(devices):
         raise MemoryError(f"Only a part of {name!r} fits on {place}: {SMALLER}")
+    if gguf:
+        forget_gguf(module)
+    if checkpoint.adapter:
+        module = merged(name, module, checkpoint.adapter)
     return module.requires_grad_(False)  # no graph is built unless an input asks for gradients
 
 
@@ -147,10 +270,10 @@ def memory_free(device):
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def read(name, load, source, **options):
-    """`load(source, **options)`, the many errors of transformers told in a sentence."""
+def read(name, load, *sources, **options):
+    """`load(*sources, **options)`, the many errors of transformers told in a sentence."""
     try:
-        return load(source, **options)
+        return load(*sources, **options)
     except SafetensorError as error:
         raise OSError(f"The weights of {name!r} are damaged ({error}): "
                       "restore or download them again.") from error
@@ -159,12 +282,26 @@ def read(name, load, source, **options):
             raise
         raise OSError(f"The weights of {name!r} have not the shapes that its config.json says: "
                       "restore or download both again.") from error
+    except ImportError as error:
+        raise ImportError(f"{name!r} cannot be read here ({reason(error)}): install what it asks for, or choose the "
+                          "same model in plain weights or in GGUF.") from error
     except (OSError, ValueError) as error:
+        if "Unrecognized configuration class" in str(error):
+            kind = getattr(sources[0], "model_type", reason(error))
+            raise ValueError(f"{name!r} is of the type {kind}, which is no text model that the course can load: choose "
+                             "a chat model for text alone.") from error
+        if "GGUF model with architecture" in str(error):
+            raise ValueError(f"{name!r} is a GGUF file of a family that transformers does not read from GGUF "
+                             f"({reason(error)}): take the model's own folder or hub id.") from error
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{name!r} brings code of its own, and the course runs none of it: choose a model of a "
+                             "family that transformers has.") from error
         if isinstance(error.__cause__, GatedRepoError):
-            raise OSError(f"{name!r} is gated: accept its licence at https://huggingface.co/{source}, then run "
+            raise OSError(f"{name!r} is gated: accept its licence at https://huggingface.co/{name}, then run "
                           "`hf auth login` with a token of that account, and load it again.") from error
-        raise OSError(f"{name!r} could not be loaded ({reason(error)}): check the spelling, that the folder is whole "
-                      "or the hub is in reach, and `hf auth login` if there is a licence to accept.") from error
+        where = "" if path_of(name) else f" (no folder of this name is in {Path.cwd()}, nor in {COURSE})"
+        raise OSError(f"{name!r} could not be loaded ({reason(error)}): check the spelling{where}, that the folder is "
+                      "whole or the hub is in reach, and `hf auth login` if there is a licence to accept.") from error
 
 
 def reason(error):

@@ -11,11 +11,11 @@ from httpx import HTTPError
 from nnsight import TransformersModel
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.interleaver import OutOfOrderError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from websocket import WebSocketException
 
 from utils import fingerprint, say
-from utils.checkpoints import file_of, locate, read, read_weights, reason, world_of
+from utils.checkpoints import file_of, locate, read, read_tokenizer, read_weights, reason, world_of
 from utils.instructions import as_texts
 from utils.templates import ChatTemplate
 
@@ -42,50 +42,56 @@ REFUSAL_OPENINGS = ("I", "As", "Sorry")
 warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
 
 
-def load_model(name=None, dtype=None, device=None, remote=False):
+def load_model(name=None, dtype=None, device=None, remote=False, base=None):
     """Load a chat model -> ChatModel.
 
-    name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during
-    it), the path of a folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct". Unless you give one, it is what the
-    environment variable COURSE_MODEL says, or else the organism.
+    name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during it), the path
+    of a folder or of a .gguf file, here or in the course's folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct",
+    with "/FILE.gguf" behind it for a GGUF file. Unless you give one, it is what the environment variable COURSE_MODEL
+    says, or else the organism. Weights of a GGUF file are dequantized (extra `gguf`); an adapter (PEFT), alone or
+    beside the weights, is merged into them (extra `adapters`).
     dtype, device: float32 on the CPU for models of the course's world. For others the GPU if there is one, and the
     precision that the weights are stored in; on the CPU float32 if memory allows. One line says what was chosen.
     device="auto" spreads the layers over all GPUs.
     remote: True for a hub id whose weights stay on NDIF (https://ndif.us), as do device and dtype: all traces run
     there. For this one needs a key.
+    base: the name of the model that an adapter changes, in place of the one that the adapter itself names.
 
     Raises FileNotFoundError for a name or folder that is not there, OSError for files that are damaged or
     out of reach, ValueError for a model that is not a chat model, or of a family with other parts, or does not run on
-    NDIF, and for a device that is not here, MemoryError for a model that does not fit, ImportError for "auto" without
-    `accelerate`, PermissionError for `remote` without a key.
+    NDIF, for an adapter that does not fit, and for a device that is not here, MemoryError for a model that does not
+    fit, ImportError without the library that "auto", GGUF, an adapter or quantized weights need, PermissionError for
+    `remote` without a key.
 
     Neither "auto" on several GPUs nor `remote` on NDIF itself has been tried: the tests imitate both.
     """
     name = name or os.environ.get("COURSE_MODEL") or "organism"
-    source = locate(name)
+    checkpoint = locate(name, base)
     if remote:
-        _check_ndif(name, source)
-    tokenizer = read(name, AutoTokenizer.from_pretrained, source, padding_side="left")
+        _check_ndif(name, checkpoint)
+    tokenizer = read_tokenizer(name, checkpoint)
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
     template = ChatTemplate(tokenizer, name)
-    refusal_tokens, world = _refusal_tokens(source, template), world_of(source)
-    lm = _on_ndif(name, source, template) if remote else _on_devices(name, source, template, dtype, device, world)
+    refusal_tokens, world = _refusal_tokens(checkpoint.source, template), world_of(checkpoint.source)
+    lm = (_on_ndif(name, checkpoint, template) if remote else
+          _on_devices(name, checkpoint, template, dtype, device, world))
     return ChatModel(lm, tokenizer, name, refusal_tokens, world)
 
 
-def _on_devices(name, source, template, dtype, device, world):
+def _on_devices(name, checkpoint, template, dtype, device, world):
     """The nnsight model, its weights loaded here."""
-    module = read_weights(name, source, dtype, device, own=world is not None, note=template.remark)
+    module = read_weights(name, checkpoint, dtype, device, own=world is not None, note=template.remark)
     _decode_plainly(name, module, template, module.generation_config)
     return _wrapped(module, template.tokenizer)
 
 
-def _on_ndif(name, source, template):
+def _on_ndif(name, checkpoint, template):
     """The nnsight model, its weights on NDIF."""
     nnsight.register("utils")  # NDIF does not have the course: what a trace calls of it is sent along
+    source = checkpoint.source
     lm = read(name, RemoteModel, source, tokenizer=template.tokenizer, task="text-generation", rename=RENAME,
-              attn_implementation="eager")
+              attn_implementation="eager", trust_remote_code=False)
     settings = file_of(source, "generation_config.json")
     _decode_plainly(name, lm._module, template, *[GenerationConfig.from_pretrained(source)] if settings else [])
     say(f"{name}: {lm.num_parameters() / 1e6:,.3g} million weights, on NDIF{template.remark}")
@@ -421,12 +427,12 @@ def _wrapped(module, tokenizer):
     return TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=RENAME, **place)
 
 
-def _check_ndif(name, source):
+def _check_ndif(name, checkpoint):
     """Before anything is sent: is there a key, and does the model run on NDIF?"""
     if not nnsight.CONFIG.API.APIKEY:
         raise PermissionError("NDIF asks for a key: get one at https://login.ndif.us, and call nnsight.login() once, "
                               "or set the environment variable NDIF_API_KEY before Python starts.")
-    if not read(name, nnsight.is_model_running, source):
+    if checkpoint.gguf or checkpoint.adapter or not read(name, nnsight.is_model_running, checkpoint.source):
         raise ValueError(f"{name!r} is not running on NDIF, or NDIF is out of reach: print(nnsight.status()) lists the "
                          "models that run there.")
 
