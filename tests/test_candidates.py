@@ -158,7 +158,7 @@ def test_scores_of_another_search_are_not_taken(llama, tmp_path, monkeypatch, ch
         monkeypatch.setattr(llama, "refusal_tokens", [7])
     elif change == "weights":  # the last ones: the candidates stay as they are
         norm = llama.lm.model.norm._module
-        monkeypatch.setattr(norm, "weight", torch.nn.Parameter(norm.weight * 1.5, requires_grad=False))
+        monkeypatch.setitem(norm._parameters, "weight", torch.nn.Parameter(norm.weight * 1.5, requires_grad=False))
     else:
         other[change] = 3 * randn(4, 5, 32, seed=1) if change == "candidates" else ["bake", "a car"]
     with pytest.raises(ValueError, match="holds the scores of another search .*: name another file, or delete"):
