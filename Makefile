@@ -10,7 +10,7 @@ MAKEFLAGS += --keep-going
 
 FAST := style outputs up-to-date units notebooks
 
-.PHONY: help lab test test-all $(FAST) slow solutions model suffixes benchmark strip clean
+.PHONY: help lab test test-all $(FAST) slow solutions model suffixes bench benchmark strip clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make solutions  build solutions/ from lessons/ and utils/, and run them"
 	@echo "make model      make the instructions, the tokenizer and the model organism from nothing (half an hour)"
 	@echo "make suffixes   search for adversarial suffixes for the organism (half an hour)"
+	@echo "make bench      time the search and the traces: ratios, written to tests/BENCHMARK.md"
 	@echo "make benchmark  compare the search for suffixes to nanogcg's"
 	@echo "make strip      remove the outputs from lessons/, as they are committed"
 	@echo "make clean      remove .venv and caches"
@@ -56,6 +57,10 @@ model: .venv/course
 
 suffixes: .venv/course
 	$(BIN)/python data/make_suffixes.py
+
+# OPTIONS, such as --model FOLDER --prompts FOLDER: see tests/benchmark.py.
+bench: .venv/course
+	$(BIN)/python tests/benchmark.py $(OPTIONS)
 
 # Without what it depends on: it asks for an older transformers than the course's.
 benchmark: .venv/course

@@ -129,6 +129,14 @@ def test_half_precision_on_disk_is_float32_in_memory(folder):
     assert {p.dtype for p in load_model(str(folder), dtype=torch.bfloat16).lm.parameters()} == {torch.bfloat16}
 
 
+def test_padding_makes_no_nan_in_float64(folder):
+    """Outside the mode of the other tests: as one who loads a model so would meet it."""
+    model = load_model(str(folder), dtype=torch.float64)
+    together, alone = last_logits(model, PROMPTS), last_logits(model, PROMPTS, batch_size=1)
+    assert together.dtype == torch.float64
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4 * alone.abs().max().item())
+
+
 def test_no_gradients_unless_an_input_asks(llama):
     inputs = llama.encode(PROMPTS)
     with llama.lm.trace(inputs):

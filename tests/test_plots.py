@@ -340,6 +340,7 @@ PICTURES = {
     plots.plot_projections: lambda text: plot_projections({text(): {text(): GRID[0], text(): GRID[1]}}, text()),
     plots.plot_by_layer: lambda text: plot_by_layer(GRID, [text(), text()], text()),
     plots.plot_cosines: lambda text: plot_cosines({text(): (GRID, [text(), text()])}),
+    plots.plot_estimates: lambda text: plot_estimates(torch.randn(4), torch.randn(4), torch.arange(4) < 2),
     plots.plot_points: lambda text: plot_points({text(): {text(): [1.0], text(): (1, 0, 2)}}),
     plots.plot_next_tokens: lambda text: plot_next_tokens({text(): GRID[0]}, Decoder(text), n=2),
     plots.plot_means_by_layer: lambda text: plot_means_by_layer({text(): GRID}, text()),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact import assert_same
+from exact import Float64, assert_same
 from plain_hooks import plain_logits, plain_streams
 
 from utils.activations import residual_stream
@@ -58,7 +58,8 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smollm2(path):
-    return load_model(path, dtype=torch.float64)
+    with Float64():  # or the frequencies of its positions were of float32
+        return load_model(path, dtype=torch.float64)
 
 
 @pytest.fixture

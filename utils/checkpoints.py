@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.utils import CONFIG_NAME, cached_file, is_accelerate_available
 
 from utils import DATA, say
@@ -32,6 +33,19 @@ SMALLER = 'choose a smaller model, close other programs, or try device="auto" (a
 # Progress bars and advice would bury a lesson's own output.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+def mask_in_reach_of_float32(*args, **options):
+    """transformers' mask for attention, so that padding makes no nan in a float64 model.
+
+    Its softmax is computed in float32, where the lowest float64 is minus infinity: a token that may look nowhere, as
+    padding, would get 0 / 0.
+    """
+    mask = eager_mask(*args, **options)
+    return mask if mask is None else mask.clamp(min=torch.finfo(torch.float32).min)
+
+
+AttentionMaskInterface.register("eager", mask_in_reach_of_float32)
 
 
 @dataclass(frozen=True)
