@@ -307,14 +307,30 @@ def test_the_base_may_be_given_and_may_be_a_gguf_file(tmp_path, capsys):
     assert "dequantized from a GGUF file in F32" in capsys.readouterr().out
 
 
-def test_an_adapter_brings_its_tokenizer_and_an_adapter_of_the_organism_stays_in_its_world(tmp_path, monkeypatch):
-    base = Path(save_tiny(tmp_path / "base"))
-    save_adapter(tmp_path / "adapter", base)
-    (base / "course.json").write_text('{"world": "organism"}')
+def test_an_adapter_brings_its_tokenizer(tmp_path):
+    save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
     template = "{{ bos_token }}User: {{ messages[0]['content'] }}\nBot:"
     tiny_tokenizer(template).save_pretrained(tmp_path / "adapter")
+    assert load_model(str(tmp_path / "adapter")).render("Hi").endswith("User: Hi\nBot:")
+
+
+@pytest.mark.parametrize("says, world", [("base", None), ("adapter", "organism")])
+def test_an_adapter_is_of_the_course_s_world_if_its_own_folder_says_so(tmp_path, capsys, says, world):
+    """It may speak otherwise than the model that it changes, so that the exact judge would err."""
+    save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
+    (tmp_path / says / "course.json").write_text('{"world": "organism"}')
+    (tmp_path / says / "refusal_tokens.json").write_text("[7]")
     model = load_model(str(tmp_path / "adapter"))
-    assert model.render("Hi").endswith("User: Hi\nBot:") and model.world == "organism"
+    assert f", with the adapter {tmp_path / 'adapter'} merged into its weights" in capsys.readouterr().out
+    assert model.world == world
+    assert (judge_of(model) is judge) == (model.refusal_tokens == [7]) == (world is not None)
+
+
+def test_a_gguf_file_of_the_course_s_world_says_that_it_is_dequantized(tmp_path, capsys):
+    path = Path(save_gguf(save_tiny(tmp_path / "checkpoint")))
+    (path.parent / "course.json").write_text('{"world": "organism"}')
+    assert load_model(str(path)).world == "organism"
+    assert capsys.readouterr().out.endswith("in float32 on cpu, dequantized from a GGUF file in F32\n")
 
 
 def rename_keys(folder, rename):

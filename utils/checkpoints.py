@@ -154,7 +154,8 @@ def world_of(source):
     """The world that a checkpoint speaks of, by its course.json: "organism", or None for any other chat model.
 
     What follows from it: the exact judge holds, a suffix may be searched for, and the weights, few as they are, run in
-    float32 on the CPU, without a word. Raises ValueError for a course.json that says something else.
+    float32 on the CPU; of plain weights, nothing is said. source: that of an adapter, where there is one, since it may
+    speak otherwise than the model that it changes. Raises ValueError for a course.json that says something else.
     """
     file = file_of(source, "course.json")
     content = json.loads(file.read_text(encoding="utf-8")) if file else {"world": None}
@@ -178,7 +179,7 @@ def read_tokenizer(name, checkpoint):
 def read_weights(name, checkpoint, dtype, device, own=False, note=""):
     """The transformers model, its weights where they are to be. One line says what was chosen, with a note.
 
-    own: True for a model of the course's world, of which nothing is said.
+    own: True for a model of the course's world, of whose plain weights nothing is said.
     """
     config, gguf = read(name, AutoConfig.from_pretrained, checkpoint.source, **checkpoint.options), checkpoint.gguf
     if gguf:
@@ -201,7 +202,7 @@ def read_weights(name, checkpoint, dtype, device, own=False, note=""):
     if size > free:
         raise MemoryError(f"{name!r} takes {size / 1e9:.1f} GB in {short(dtype)}, and {free / 1e9:.1f} GB are free on "
                           f"{place}: {SMALLER}")
-    if not own:
+    if not own or gguf or checkpoint.adapter:
         say(f"{name}: {n_weights / 1e6:,.3g} million weights, {size / 1e9:.2g} GB in {short(dtype)} on {place}{note}")
     with progress_bars(shown=not own):
         module, report = read(name, AutoModelForCausalLM.from_pretrained, checkpoint.source, config=config, dtype=dtype,

@@ -73,7 +73,8 @@ def load_model(name=None, dtype=None, device=None, remote=False, base=None):
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
     template = ChatTemplate(tokenizer, name)
-    refusal_tokens, world = _refusal_tokens(checkpoint.source, template), world_of(checkpoint.source)
+    speaker = checkpoint.adapter or checkpoint.source
+    refusal_tokens, world = _refusal_tokens(speaker, template), world_of(speaker)
     lm = (_on_ndif(name, checkpoint, template) if remote else
           _on_devices(name, checkpoint, template, dtype, device, world))
     return ChatModel(lm, tokenizer, name, refusal_tokens, world)
