@@ -161,6 +161,11 @@ def test_a_folder_with_a_gguf_file_is_its_path(tmp_path):
     assert_same(load_model(str(folder)), load_model(str(path)), 1e-5)
 
 
+def test_a_gguf_file_in_one_part_is_whole(tmp_path):
+    path = part_of_one(Path(save_gguf(save_tiny(tmp_path / "checkpoint"))))
+    assert_same(load_model(str(path)), load_model(str(path.parent)), 1e-6)
+
+
 @pytest.mark.parametrize("pre, pieces", [("smollm", ["1", "2", "3"]), ("llama-bpe", ["123"])])
 def test_digits_are_cut_as_the_file_says(tmp_path, monkeypatch, pre, pieces):
     path = save_gguf(save_tiny(tmp_path / "checkpoint"), more={"tokenizer.ggml.pre": pre})
@@ -172,6 +177,10 @@ def part_of_three(path):
     other = path.with_name("model-00002-of-00003.gguf")
     path.rename(other)
     return other
+
+
+def part_of_one(path):
+    return path.rename(path.with_name("model-00001-of-00001.gguf"))
 
 
 def truncated(path):
@@ -190,6 +199,9 @@ BAD_GGUF = {  # what was written and what became of it: the sentence
     "without a chat template": ({"leave_out": ["tokenizer.chat_template"]}, None, ValueError, "has no chat template"),
     "without a tokenizer": ({"leave_out": ["tokenizer.ggml.tokens", "tokenizer.ggml.model"]}, None, ValueError,
                             "holds no tokenizer"),
+    "of a family without rotary positions": ({"family": "gpt2"}, None, ValueError,
+                                             "of the family 'gpt2', which the course does not read from GGUF: take"),
+    "of another such family": ({"family": "bloom"}, None, ValueError, "of the family 'bloom', which the course does"),
     "a part": ({}, part_of_three, ValueError, "is one part of a model that was split into several GGUF files: join"),
     "a part, by its settings": ({"more": {"split.count": 3}}, None, ValueError, "is one part of a model"),
     "a folder with a part": ({}, lambda path: part_of_three(path).parent, ValueError, "one part of a model"),
