@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,20 @@ ORGANISM = checkpoints.ORGANISM
 def folder(tmp_path):
     """A checkpoint of one's own."""
     return Path(save_tiny(tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The folder that stands for a hub id, as the hub's files are kept here; the hub itself is out of reach."""
+    def snapshot(name):
+        place = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        for folder in ("refs", "snapshots/abc"):
+            (place / folder).mkdir(parents=True)
+        (place / "refs/main").write_text("abc")
+        return place / "snapshots/abc"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return snapshot
 
 
 # the course's world
@@ -307,6 +322,14 @@ def test_an_adapter_beside_the_weights_is_merged_too(tmp_path, capsys):
     assert_merged(model, adapted, tmp_path / "saved")
 
 
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_an_adapter_beside_a_config_without_weights_is_merged_into_its_base(tmp_path, hub, place):
+    base, adapter = save_tiny(tmp_path / "base"), tmp_path / "adapter" if place == "folder" else hub("somebody/lora")
+    adapted = save_adapter(adapter, base)
+    (adapter / "config.json").write_bytes((tmp_path / "base/config.json").read_bytes())
+    assert_merged(load_model("somebody/lora" if place == "hub" else str(adapter)), adapted, tmp_path / "saved")
+
+
 def test_the_base_may_be_given_and_may_be_a_gguf_file(tmp_path, capsys):
     base = save_tiny(tmp_path / "base", "qwen2")
     adapted = save_adapter(tmp_path / "adapter", base)
@@ -517,15 +540,23 @@ def test_a_folder_of_the_course_is_found_from_the_lessons(folder, tmp_path, monk
         load_model("mymodels/other")
 
 
-def test_a_gguf_file_of_a_hub(tmp_path, monkeypatch):
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_hub_id_of_gguf_files_with_a_config(hub, folder, monkeypatch, listed):
+    """Of a repository's files only the config may be here; the hub then lists the others."""
+    snapshot, names = hub("somebody/chat"), ["config.json", "Q4/chat-Q4_K_M.gguf"]
+    (snapshot / "config.json").write_bytes((folder / "config.json").read_bytes())
+    if listed:
+        info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+        monkeypatch.setattr(checkpoints.HfApi, "model_info", lambda *_, **__: info)
+    else:
+        (snapshot / "chat-Q4_K_M.gguf").touch()
+    with pytest.raises(ValueError, match="say which GGUF file of 'somebody/chat': somebody/chat/FILE.gguf"):
+        load_model("somebody/chat")
+
+
+def test_a_gguf_file_of_a_hub(hub, tmp_path):
     path = Path(save_gguf(save_tiny(tmp_path / "checkpoint")))
-    snapshot = tmp_path / "hub/models--somebody--chat-GGUF/snapshots/abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / "chat-F32.gguf").write_bytes(path.read_bytes())
-    (tmp_path / "hub/models--somebody--chat-GGUF/refs").mkdir()
-    (tmp_path / "hub/models--somebody--chat-GGUF/refs/main").write_text("abc")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (hub("somebody/chat-GGUF") / "chat-F32.gguf").write_bytes(path.read_bytes())
     assert_same(load_model("somebody/chat-GGUF/chat-F32.gguf"), load_model(str(path)), 1e-6)
     with pytest.raises(OSError, match="'somebody/chat-GGUF/other.gguf' could not be loaded"):
         load_model("somebody/chat-GGUF/other.gguf")

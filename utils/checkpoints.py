@@ -2,10 +2,13 @@
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
+import httpx
 import psutil
 import torch
+from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
@@ -27,6 +30,7 @@ from utils.formats import (
 
 COURSE, ORGANISM = DATA.parent, DATA / "organism"
 ADAPTER = "adapter_config.json"
+WEIGHTS = "model*.safetensors*", "pytorch_model*.bin*"  # the names of weights and of their lists
 
 SMALLER = 'choose a smaller model, close other programs, or try device="auto" (all GPUs) or remote=True (NDIF).'
 
@@ -82,11 +86,13 @@ def locate(name, base=None):
         raise FileNotFoundError(f"There is no model {name!r} ({path.absolute()}, nor in the course's folder): choose "
                                 f"{', '.join(course_names())}, a folder, a .gguf file, or a hub id (owner/name); "
                                 "`make model` builds the course's own.")
-    if not whole and not adapter and "gguf" in name.lower():
+    names = names_of(source, whole) if whole and not file else []
+    weights = has(names, *WEIGHTS)
+    if not adapter and ("gguf" in name.lower() if not whole else has(names, "*.gguf") and not weights):
         raise ValueError(f"Please say which GGUF file of {name!r}: {name}/FILE.gguf.")
     if base and not adapter:
         raise ValueError(f"{name!r} is no adapter, which has an {ADAPTER}: load it without base=.")
-    if adapter and (base or not whole):
+    if adapter and (base or not weights and not file):
         checkpoint = locate_base(name, adapter, base)
     else:
         checkpoint = Checkpoint(source, find_gguf(name, source, file) if file else None)
@@ -111,13 +117,32 @@ def course_names():
 def lone_gguf(folder):
     """The name of the GGUF file that is all there is of a model in a folder; "" where there is none, or more."""
     files = sorted(file.name for file in folder.glob("*.gguf"))
-    if not files or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+    if not files or has((file.name for file in folder.iterdir()), *WEIGHTS):
         return ""
     whole = [file for file in files if not SHARD.search(file)] or files[:1]
     if len(whole) > 1:
         raise ValueError(f"The folder {str(folder)!r} holds several GGUF files: load one by its path, "
                          f"{', '.join(str(folder / file) for file in whole)}.")
     return whole[0]
+
+
+def has(names, *patterns):
+    """Does one of the names of files match one of the patterns?"""
+    return any(fnmatch(name.lower(), pattern) for name in names for pattern in patterns)
+
+
+def names_of(source, config):
+    """The names of a checkpoint's files; of a hub's, those that are here, if weights are or the hub is out of reach.
+
+    config: the path of one of them.
+    """
+    names = [file.name for file in config.parent.iterdir()]
+    if Path(source) == config.parent or has(names, *WEIGHTS):
+        return names
+    try:
+        return [file.rfilename for file in HfApi().model_info(source, timeout=10).siblings]
+    except (OSError, httpx.HTTPError):
+        return names
 
 
 def find_gguf(name, source, file):
