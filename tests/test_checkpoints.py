@@ -176,6 +176,12 @@ def test_a_folder_with_a_gguf_file_is_its_path(tmp_path):
     assert_same(load_model(str(folder)), load_model(str(path)), 1e-5)
 
 
+def test_a_gguf_file_in_capitals(tmp_path):
+    path = Path(save_gguf(save_tiny(tmp_path / "checkpoint")))
+    path = path.rename(path.with_name("MODEL.GGUF"))
+    assert_same(load_model(str(path)), load_model(str(path.parent)), 1e-6)
+
+
 def test_a_gguf_file_in_one_part_is_whole(tmp_path):
     path = part_of_one(Path(save_gguf(save_tiny(tmp_path / "checkpoint"))))
     assert_same(load_model(str(path)), load_model(str(path.parent)), 1e-6)
@@ -328,6 +334,14 @@ def test_an_adapter_beside_a_config_without_weights_is_merged_into_its_base(tmp_
     adapted = save_adapter(adapter, base)
     (adapter / "config.json").write_bytes((tmp_path / "base/config.json").read_bytes())
     assert_merged(load_model("somebody/lora" if place == "hub" else str(adapter)), adapted, tmp_path / "saved")
+
+
+def test_paths_are_names_too(tmp_path):
+    base = Path(save_tiny(tmp_path / "base"))
+    adapted = save_adapter(tmp_path / "adapter", base)
+    base = base.rename(tmp_path / "moved")
+    assert load_model(base).name == str(base)
+    assert_merged(load_model(tmp_path / "adapter", base=base), adapted, tmp_path / "saved")
 
 
 def test_the_base_may_be_given_and_may_be_a_gguf_file(tmp_path, capsys):
@@ -556,7 +570,11 @@ def test_a_hub_id_of_gguf_files_with_a_config(hub, folder, monkeypatch, listed):
 
 def test_a_gguf_file_of_a_hub(hub, tmp_path):
     path = Path(save_gguf(save_tiny(tmp_path / "checkpoint")))
-    (hub("somebody/chat-GGUF") / "chat-F32.gguf").write_bytes(path.read_bytes())
+    snapshot = hub("somebody/chat-GGUF")
+    (snapshot / "Q4").mkdir()
+    for file in ("chat-F32.gguf", "Q4/CHAT.GGUF"):
+        (snapshot / file).write_bytes(path.read_bytes())
+    assert_same(load_model("somebody/chat-GGUF/Q4/CHAT.GGUF"), load_model(str(path)), 1e-6)
     assert_same(load_model("somebody/chat-GGUF/chat-F32.gguf"), load_model(str(path)), 1e-6)
     with pytest.raises(OSError, match="'somebody/chat-GGUF/other.gguf' could not be loaded"):
         load_model("somebody/chat-GGUF/other.gguf")

@@ -290,6 +290,19 @@ def test_unknown_names(tmp_path, monkeypatch):
             load_model(name)
 
 
+@pytest.mark.parametrize("name", ["my models/tiny", "owner/my model/tiny.gguf", "a--b/tiny", "owner/", "modèles/tiny"])
+def test_names_that_no_hub_has(name):
+    with pytest.raises(FileNotFoundError, match=f"There is no model '{name}' .*a folder, a .gguf file, or a hub id"):
+        load_model(name)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_file_of_a_folder(folder, file):
+    (folder / file).touch()
+    with pytest.raises(ValueError, match=f"{file}' is a file, and no GGUF file: give the folder that it lies in"):
+        load_model(folder / file)
+
+
 def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"'nobody/nothing' could not be loaded .*: check the spelling"):

@@ -9,7 +9,8 @@ import httpx
 import psutil
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -76,8 +77,10 @@ def locate(name, base=None):
     if path is None:
         owner, repository, *file = name.split("/", 2)
         source, file = f"{owner}/{repository}", "".join(file)
-    elif path.suffix == ".gguf":
+    elif is_gguf(path.name):
         source, file = str(path.parent), path.name
+    elif path.is_file():
+        raise ValueError(f"{name!r} is a file, and no GGUF file: give the folder that it lies in.")
     else:
         source, file = str(path), lone_gguf(path)
     here = path is None or path.exists()
@@ -104,8 +107,21 @@ def locate(name, base=None):
 def path_of(name):
     """The file or folder that a name stands for, here or in the course's folder, there or not; None for a hub id."""
     paths = [Path(name).expanduser(), COURSE / name]
-    hub = name[0] not in "./~" and name.count("/") == (2 if name.endswith(".gguf") else 1)
-    return next(filter(Path.exists, paths), None if hub else paths[0])
+    return next(filter(Path.exists, paths), None if is_hub_id(name) else paths[0])
+
+
+def is_hub_id(name):
+    """Is this owner/name, or owner/name/FILE.gguf, as a hub writes them?"""
+    owner, *repository = name.split("/")
+    try:
+        validate_repo_id("/".join([owner, *repository[:1]]))
+    except HFValidationError:
+        return False
+    return len(repository) == 1 if not is_gguf(name) else len(repository) > 1
+
+
+def is_gguf(name):
+    return name.lower().endswith(".gguf")
 
 
 def course_names():
@@ -116,7 +132,7 @@ def course_names():
 
 def lone_gguf(folder):
     """The name of the GGUF file that is all there is of a model in a folder; "" where there is none, or more."""
-    files = sorted(file.name for file in folder.glob("*.gguf"))
+    files = sorted(file.name for file in folder.glob("*") if is_gguf(file.name))
     if not files or has((file.name for file in folder.iterdir()), *WEIGHTS):
         return ""
     whole = [file for file in files if not SHARD.search(file)] or files[:1]

@@ -65,7 +65,7 @@ def load_model(name=None, dtype=None, device=None, remote=False, base=None):
 
     Neither "auto" on several GPUs nor `remote` on NDIF itself has been tried: the tests imitate both.
     """
-    name = name or os.environ.get("COURSE_MODEL") or "organism"
+    name, base = os.fspath(name or os.environ.get("COURSE_MODEL") or "organism"), base and os.fspath(base)
     checkpoint = locate(name, base)
     if remote:
         _check_ndif(name, checkpoint)
