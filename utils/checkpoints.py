@@ -240,11 +240,12 @@ def read_weights(name, checkpoint, dtype, device, own=False, note=""):
     devices = devices_of(device or ("cpu" if own else best_device()))
     dtype = dtype or (torch.float32 if own else best_dtype(n_weights, stored, devices[0]))
     size, free, place = memory_needed(n_weights, dtype), sum(map(memory_free, devices)), ", ".join(map(str, devices))
-    if size > free:
+    if size > free and not quantization:
         raise MemoryError(f"{name!r} takes {size / 1e9:.1f} GB in {short(dtype)}, and {free / 1e9:.1f} GB are free on "
                           f"{place}: {SMALLER}")
-    if not own or gguf or checkpoint.adapter:
-        say(f"{name}: {n_weights / 1e6:,.3g} million weights, {size / 1e9:.2g} GB in {short(dtype)} on {place}{note}")
+    memory = "" if quantization else f", {size / 1e9:.2g} GB"  # how much they take packed, only their library knows
+    if not own or gguf or quantization or checkpoint.adapter:
+        say(f"{name}: {n_weights / 1e6:,.3g} million weights{memory} in {short(dtype)} on {place}{note}")
     with progress_bars(shown=not own):
         module, report = read(name, AutoModelForCausalLM.from_pretrained, checkpoint.source, config=config, dtype=dtype,
                               device_map="auto" if len(devices) > 1 else None,
