@@ -382,6 +382,24 @@ def test_a_gguf_file_of_the_course_s_world_says_that_it_is_dequantized(tmp_path,
     assert capsys.readouterr().out.endswith("in float32 on cpu, dequantized from a GGUF file in F32\n")
 
 
+@pytest.mark.parametrize("base", ["somebody/large", "somebody/large-GGUF/large.gguf"])
+def test_a_base_out_of_reach_is_named(tmp_path, hub, base):
+    adapter = tmp_path / "adapter"
+    save_adapter(adapter, save_tiny(tmp_path / "base"))
+    configured(adapter, base_model_name_or_path=base)
+    for name, option in ((adapter, {}), (adapter, {"base": base})):
+        with pytest.raises(OSError, match=f"^'{base}' could not be loaded"):
+            load_model(name, **option)
+
+
+def test_neither_gguf_files_nor_adapters_run_on_ndif(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", base)
+    for name in (save_gguf(base), tmp_path / "adapter"):
+        with pytest.raises(ValueError, match="NDIF runs neither GGUF files nor adapters: leave out remote=True for "):
+            load_model(name, remote=True)
+
+
 def rename_keys(folder, rename):
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({new: weight for key, weight in weights.items() if (new := rename(key))},

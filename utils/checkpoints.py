@@ -181,6 +181,8 @@ def locate_base(name, adapter, base):
     if checkpoint.adapter:
         raise ValueError(f"The adapter {name!r} changes {base!r}, which has an adapter of its own: merge that one into "
                          "its weights first, and save them.")
+    if not checkpoint.gguf:
+        read(base, cached_file, checkpoint.source, CONFIG_NAME)  # so that the base is named if it is out of reach
     return checkpoint
 
 

@@ -430,10 +430,12 @@ def _wrapped(module, tokenizer):
 
 def _check_ndif(name, checkpoint):
     """Before anything is sent: is there a key, and does the model run on NDIF?"""
+    if checkpoint.gguf or checkpoint.adapter:
+        raise ValueError(f"NDIF runs neither GGUF files nor adapters: leave out remote=True for {name!r}.")
     if not nnsight.CONFIG.API.APIKEY:
         raise PermissionError("NDIF asks for a key: get one at https://login.ndif.us, and call nnsight.login() once, "
                               "or set the environment variable NDIF_API_KEY before Python starts.")
-    if checkpoint.gguf or checkpoint.adapter or not read(name, nnsight.is_model_running, checkpoint.source):
+    if not read(name, nnsight.is_model_running, checkpoint.source):
         raise ValueError(f"{name!r} is not running on NDIF, or NDIF is out of reach: print(nnsight.status()) lists the "
                          "models that run there.")
 
