@@ -33,6 +33,8 @@ COURSE, ORGANISM = DATA.parent, DATA / "organism"
 ADAPTER = "adapter_config.json"
 WEIGHTS = "model*.safetensors*", "pytorch_model*.bin*"  # the names of weights and of their lists
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 SMALLER = 'choose a smaller model, close other programs, or try device="auto" (all GPUs) or remote=True (NDIF).'
 
 # Progress bars and advice would bury a lesson's own output.
@@ -304,6 +306,15 @@ def _device(name):
         here = [f"{kind}:{number}" for kind, n in counts.items() if kind != "cpu" for number in range(n)]
         raise ValueError(f"There is no device {str(name)!r} here: choose {', '.join(['cpu', *here])} or auto.")
     return device
+
+
+def dtype_of(dtype):
+    """The precision that a torch dtype, or its name, stands for; None for None. Raises ValueError for any other."""
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"There is no dtype {dtype!r} for weights: choose {', '.join(DTYPES)}, or leave it out.")
+    return DTYPES[dtype]
 
 
 def best_dtype(n_weights, stored, device):

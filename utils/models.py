@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from websocket import WebSocketException
 
 from utils import fingerprint, say
-from utils.checkpoints import file_of, locate, read, read_tokenizer, read_weights, reason, world_of
+from utils.checkpoints import dtype_of, file_of, locate, read, read_tokenizer, read_weights, reason, world_of
 from utils.instructions import as_texts
 from utils.templates import ChatTemplate
 
@@ -52,6 +52,7 @@ def load_model(name=None, dtype=None, device=None, remote=False, base=None):
     beside the weights, is merged into them (extra `adapters`).
     dtype, device: float32 on the CPU for models of the course's world. For others the GPU if there is one, and the
     precision that the weights are stored in; on the CPU float32 if memory allows. One line says what was chosen.
+    dtype may be a name, such as "bfloat16".
     device="auto" spreads the layers over all GPUs.
     remote: True for a hub id whose weights stay on NDIF (https://ndif.us), as do device and dtype: all traces run
     there. For this one needs a key.
@@ -59,12 +60,13 @@ def load_model(name=None, dtype=None, device=None, remote=False, base=None):
 
     Raises FileNotFoundError for a name or folder that is not there, OSError for files that are damaged or
     out of reach, ValueError for a model that is not a chat model, or of a family with other parts, or does not run on
-    NDIF, for an adapter that does not fit, and for a device that is not here, MemoryError for a model that does not
-    fit, ImportError without the library that "auto", GGUF, an adapter or quantized weights need, PermissionError for
-    `remote` without a key.
+    NDIF, for an adapter that does not fit, for a dtype that is none, and for a device that is not here, MemoryError for
+    a model that does not fit, ImportError without the library that "auto", GGUF, an adapter or quantized weights need,
+    PermissionError for `remote` without a key.
 
     Neither "auto" on several GPUs nor `remote` on NDIF itself has been tried: the tests imitate both.
     """
+    dtype = dtype_of(dtype)
     name, base = os.fspath(name or os.environ.get("COURSE_MODEL") or "organism"), base and os.fspath(base)
     checkpoint = locate(name, base)
     if remote:
