@@ -21,7 +21,7 @@ from utils.candidates import (
     shared_beginning,
     tokens_read,
 )
-from utils.directions import difference_in_means, refusal_when_ablated, refusal_when_added
+from utils.directions import difference_in_means, mean_of_kept, refusal_when_ablated, refusal_when_added
 from utils.evaluation import kl_divergence, refusal_metric
 from utils.interventions import Ablation, Addition, ablate, last_logits
 from utils.models import load_model
@@ -148,6 +148,12 @@ def test_scores_are_kept_one_by_one_and_found_again(llama, tmp_path, monkeypatch
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_file_in_a_folder_that_is_not_there_yet(llama, tmp_path):
+    file = tmp_path / "new" / "scores.safetensors"
+    Scorer(llama, 3 * randn(4, 5, 32), HARMFUL, HARMLESS, file=file).measure("bypass", 1, 2)
+    assert file.is_file()
+
+
 @pytest.mark.parametrize("change", ["harmful", "harmless", "candidates", "tokens", "weights"])
 def test_scores_of_another_search_are_not_taken(llama, tmp_path, monkeypatch, change):
     candidates, file = 3 * randn(4, 5, 32), tmp_path / "scores.safetensors"
@@ -207,6 +213,21 @@ def test_where_a_window_slides_prompts_are_read_whole(tmp_path, architecture):
     model = load_model(save_tiny(tmp_path, architecture, template=LONG), dtype=torch.float64)
     assert_same(SharedStart(model, PROMPTS).last_logits(Ablation(randn(32))),
                 plain_logits(model, PROMPTS, ablate=randn(32).expand(4, 32)))
+
+
+@pytest.mark.parametrize("prompts", [["bake a cake"], ["bake a cake"] * 3])
+def test_prompts_that_are_all_alike_keep_their_post_instruction_tokens(long_template, prompts):
+    start = SharedStart(long_template, prompts)
+    assert start.n_shared == len(start.tokens[0]) - len(long_template.positions)
+    mean, n_kept = mean_of_kept(long_template, prompts, refused=True)
+    torch.testing.assert_close(mean, residual_stream(long_template, prompts).mean(dim=0), rtol=1e-4, atol=1e-3)
+
+
+def test_where_nothing_can_be_shared_it_is_not_tried_again(tmp_path):
+    start = SharedStart(load_model(save_tiny(tmp_path, "mistral", template=LONG), dtype=torch.float64), PROMPTS)
+    assert start.n_shared > 0
+    list(start.batches())
+    assert start.n_shared == 0
 
 
 def test_the_beginning_ends_before_the_last_token_of_the_shortest():
@@ -310,6 +331,17 @@ def test_no_gradient_is_left_behind(llama):
     with llama.lm.trace(llama.encode(PROMPTS), use_cache=False):
         logits = llama.lm.output.logits.save()
     assert not logits.requires_grad and all(weight.grad is None for weight in llama.lm._module.parameters())
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_had_where_they_are_turned_off(llama, off):
+    [(metric, _, writes, gradients)] = refusal_gradients(llama, PROMPTS)
+    with off():
+        [(again, _, writes_again, gradients_again)] = refusal_gradients(llama, PROMPTS)
+        assert not torch.is_grad_enabled()
+    assert_same(again, metric)
+    for one, other in zip([*writes, *gradients], [*writes_again, *gradients_again]):
+        assert_same(other, one)
 
 
 def test_the_screen_takes_the_lowest_estimates_of_those_that_may_induce():

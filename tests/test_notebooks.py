@@ -3,6 +3,7 @@
 Blank and solved `make test` runs them with nbval, as they are: see conftest.py at the root.
 """
 import ast
+import builtins
 import inspect
 import re
 
@@ -178,3 +179,34 @@ def test_exercises_are_blank_and_called_as_in_utils(lesson):
         wanted = inspect.signature(find_check(name).reference).parameters
         assert [argument.arg for argument in function.args.args] == list(wanted)[:len(function.args.args)], \
             f"{name}: the arguments have the names that they have in utils"
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_what_an_answer_calls_is_in_its_lesson(lesson):
+    """Or the solution stops with a NameError."""
+    known = set(dir(builtins))
+    for cell in read(lesson)[0].cells:
+        if cell.cell_type == "code":
+            if name := exercise_name(cell):
+                missing = names_used(find_check(name).reference) - known - {name}
+                assert not missing, f"{name}: the lesson imports {', '.join(sorted(missing))} before this exercise"
+            known |= names_set(ast.parse(cell.source))
+
+
+def names_used(function):
+    """The global names that a function looks up."""
+    tree = ast.parse(inspect.getsource(function))
+    looked_up = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    own = {argument.arg for node in ast.walk(tree) if isinstance(node, ast.arguments) for argument in node.args}
+    return looked_up - own - names_set(tree)
+
+
+def names_set(tree):
+    """The names that code gives to something: imports, functions, variables."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return names

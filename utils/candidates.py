@@ -51,12 +51,13 @@ class CandidateScores:
     def why_none_passes(self, max_kl=0.1, min_induce=0.0, max_layer=0.8):
         """A sentence that names the strictest filter, for when no candidate passes all three."""
         scored = ~self.bypass.isnan()
+        whole = scored & ~self.induce.isnan() & ~self.kl.isnan()
         filters = self.filters(max_kl, min_induce, max_layer)
         fails = dict(zip(filters, (~met & scored & ~score.isnan() for met, score in
                                    zip(filters.values(), (self.kl, self.induce, self.bypass)))))
         removed = {condition: int(failing.sum()) for condition, failing in fails.items()}
         strictest = max(removed, key=removed.get)
-        alone = int((fails[strictest] & (torch.stack(list(fails.values())).sum(dim=0) == 1)).sum())
+        alone = int((fails[strictest] & whole & (torch.stack(list(fails.values())).sum(dim=0) == 1)).sum())
         return (f"No candidate passes the filters, and {strictest} removes most, {removed[strictest]} of "
                 f"{int(scored.sum())} ({alone} of them fail nothing else): look at the scores, and loosen a filter "
                 "only where you can say why.")
@@ -83,7 +84,9 @@ class SharedStart:
     def __init__(self, model, instructions, batch_size=64):
         self.model, self.batch_size = model, batch_size
         self.tokens = model.tokens(instructions)
-        n_shared = 0 if model.remote else shared_beginning(self.tokens)
+        # the post-instruction tokens, whose streams are read, stay with each prompt
+        whole = min(map(len, self.tokens)) - len(model.positions)
+        n_shared = 0 if model.remote else min(shared_beginning(self.tokens), whole)
         self.n_shared = n_shared if n_shared >= WORTH_SHARING else 0
 
     def batches(self, change=None):
@@ -92,7 +95,9 @@ class SharedStart:
         change: what the trace will `.apply`. It must do the same at every token, as `Ablation` and `Addition` do.
         """
         cache = self._read_beginning(change) if self.n_shared else None
-        n_shared = self.n_shared if cache is not None else 0
+        if cache is None:
+            self.n_shared = 0  # not to be tried again
+        n_shared = self.n_shared
         for rows, inputs in self.model.batches([tokens[n_shared:] for tokens in self.tokens], self.batch_size):
             yield rows, {**inputs, "use_cache": False} if cache is None else continued(inputs, cache, n_shared)
 
@@ -152,6 +157,8 @@ class Scorer:
     def __init__(self, model, candidates, harmful, harmless, batch_size=64, file=None):
         check_candidates(model, candidates)
         self.model, self.candidates, self.file = model, candidates, Path(file) if file else None
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
         self.version = model.fingerprint() if file else None
         self.harmful, self.harmless = (SharedStart(model, prompts, batch_size) for prompts in (harmful, harmless))
         self.unchanged = self.harmless.last_logits()
@@ -318,24 +325,34 @@ def refusal_gradients(model, instructions, batch_size=8):
     write_gradients   by each of these
 
     All in float32 at the least, where the model's inputs are.
+    Raises ValueError for a model on NDIF, whose gradients are not at hand.
     """
+    if model.remote:
+        raise ValueError(f"Gradients need the weights, and those of {model.name!r} are on NDIF: score every candidate "
+                         "(screen=None).")
     for _, inputs in model.batches(model.tokens(instructions), batch_size):
-        with model.lm.trace(inputs, use_cache=False, logits_to_keep=1):
-            streams, writes = nnsight.save([]), nnsight.save([])
-            model.layers[0].input.requires_grad_()
-            for layer in model.layers:
-                streams.append(layer.input)
-                for module in model.writers(layer):
-                    out = module.output
-                    writes.append(out[0] if isinstance(out, tuple) else out)
-            logits = model.lm.output.logits[:, -1].save()
-        metric = refusal_metric(at_least_float32(logits), model.refusal_tokens)
-        gradients = torch.autograd.grad(metric.sum(), [*streams, *writes])
-        metric, *tensors = (at_least_float32(x.detach()).to(model.device)
-                            for x in (metric, *gradients, streams[0], *writes))
-        gradients, writes = tensors[:len(gradients)], tensors[len(gradients):]
-        stream_gradients, write_gradients = gradients[:len(streams)], gradients[len(streams):]
-        yield metric, stream_gradients, writes, [stream_gradients[0], *write_gradients]
+        with torch.inference_mode(False), torch.enable_grad():  # whoever calls may have turned gradients off
+            outcome = _batch_gradients(model, inputs)
+        yield outcome
+
+
+def _batch_gradients(model, inputs):
+    with model.lm.trace(inputs, use_cache=False, logits_to_keep=1):
+        streams, writes = nnsight.save([]), nnsight.save([])
+        model.layers[0].input.requires_grad_()
+        for layer in model.layers:
+            streams.append(layer.input)
+            for module in model.writers(layer):
+                out = module.output
+                writes.append(out[0] if isinstance(out, tuple) else out)
+        logits = model.lm.output.logits[:, -1].save()
+    metric = refusal_metric(at_least_float32(logits), model.refusal_tokens)
+    gradients = torch.autograd.grad(metric.sum(), [*streams, *writes])
+    metric, *tensors = (at_least_float32(tensor.detach()).to(model.device)
+                        for tensor in (metric, *gradients, streams[0], *writes))
+    gradients, writes = tensors[:len(gradients)], tensors[len(gradients):]
+    stream_gradients, write_gradients = gradients[:len(streams)], gradients[len(streams):]
+    return metric, stream_gradients, writes, [stream_gradients[0], *write_gradients]
 
 
 def tokens_read(n_tokens, n_candidates, n_train, n_val):

@@ -49,7 +49,7 @@ def mask_in_reach_of_float32(*args, **options):
     padding, would get 0 / 0.
     """
     mask = eager_mask(*args, **options)
-    return mask if mask is None else mask.clamp(min=torch.finfo(torch.float32).min)
+    return mask if mask is None or mask.dtype != torch.float64 else mask.clamp(min=torch.finfo(torch.float32).min)
 
 
 AttentionMaskInterface.register("eager", mask_in_reach_of_float32)

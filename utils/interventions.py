@@ -22,13 +22,23 @@ from utils.activations import check_positions
 from utils.models import PLAIN_NUMBERS, at_least_float32, rewrite
 
 
+def cast_like(direction, x):
+    """The direction on x's device and in its kind of numbers.
+
+    Raises TypeError where these are whole ones, which would leave nothing of it.
+    """
+    if x.dtype not in PLAIN_NUMBERS:
+        raise TypeError(f"A direction cannot be told in {x.dtype}: change activations, or weights of 16 bits or more.")
+    return direction.to(x)
+
+
 def ablate(x, direction):
     """Directional ablation: x - r̂ r̂ᵀx, that is, x without what it has along the direction.
 
     x: [batch, n_tokens, d_model]. direction: [d_model], or [batch, d_model] for one per row; of any length.
     Raises TypeError where x isn't of floating-point numbers.
     """
-    unit = _as_in(x, F.normalize(direction, dim=-1))
+    unit = cast_like(F.normalize(direction, dim=-1), x)
     if unit.dim() == 2:
         unit = unit[:, None]  # [batch, 1, d_model]: the same for every token of a row
     return x - (x * unit).sum(dim=-1, keepdim=True) * unit
@@ -36,7 +46,7 @@ def ablate(x, direction):
 
 def add(x, direction, coefficient=1.0):
     """Activation addition: x + coefficient · r. Shapes and errors as in `ablate`; the direction's length counts."""
-    direction = _as_in(x, direction)
+    direction = cast_like(direction, x)
     if direction.dim() == 2:
         direction = direction[:, None]  # [batch, 1, d_model]: the same for every token of a row
     return x + coefficient * direction
@@ -219,7 +229,7 @@ def orthogonalize(weight, direction):
     weight: [d_model, n_inputs], its columns being what it writes, or a bias [d_model]. direction: [d_model], of any
     length. Raises TypeError for a weight that isn't of floating-point numbers.
     """
-    unit = _as_in(weight, F.normalize(direction, dim=-1))
+    unit = cast_like(F.normalize(direction, dim=-1), weight)
     return weight - torch.tensordot(unit, unit @ weight, dims=0)
 
 
@@ -295,13 +305,6 @@ def added_bias(model, direction, layer=None, coefficient=1.0):
             bias = shifted_bias(linear.bias, coefficient / model.multiplier * direction.to(linear.weight))
             linear.bias = torch.nn.Parameter(bias, requires_grad=False)
         yield
-
-
-def _as_in(x, direction):
-    """The direction on x's device and in its numbers; never in whole ones, which would leave nothing of it."""
-    if x.dtype not in PLAIN_NUMBERS:
-        raise TypeError(f"A direction cannot be told in {x.dtype}: change activations, or weights of 16 bits or more.")
-    return direction.to(x)
 
 
 def _check_edit(intervention, model):
