@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,20 @@ ORGANISM = checkpoints.ORGANISM
 def folder(tmp_path):
     """A checkpoint of one's own."""
     return Path(save_tiny(tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The folder that stands for a hub id, as the hub's files are kept here; the hub itself is out of reach."""
+    def snapshot(name):
+        place = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        for folder in ("refs", "snapshots/abc"):
+            (place / folder).mkdir(parents=True)
+        (place / "refs/main").write_text("abc")
+        return place / "snapshots/abc"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return snapshot
 
 
 # the course's world
@@ -161,6 +176,17 @@ def test_a_folder_with_a_gguf_file_is_its_path(tmp_path):
     assert_same(load_model(str(folder)), load_model(str(path)), 1e-5)
 
 
+def test_a_gguf_file_in_capitals(tmp_path):
+    path = Path(save_gguf(save_tiny(tmp_path / "checkpoint")))
+    path = path.rename(path.with_name("MODEL.GGUF"))
+    assert_same(load_model(str(path)), load_model(str(path.parent)), 1e-6)
+
+
+def test_a_gguf_file_in_one_part_is_whole(tmp_path):
+    path = part_of_one(Path(save_gguf(save_tiny(tmp_path / "checkpoint"))))
+    assert_same(load_model(str(path)), load_model(str(path.parent)), 1e-6)
+
+
 @pytest.mark.parametrize("pre, pieces", [("smollm", ["1", "2", "3"]), ("llama-bpe", ["123"])])
 def test_digits_are_cut_as_the_file_says(tmp_path, monkeypatch, pre, pieces):
     path = save_gguf(save_tiny(tmp_path / "checkpoint"), more={"tokenizer.ggml.pre": pre})
@@ -172,6 +198,10 @@ def part_of_three(path):
     other = path.with_name("model-00002-of-00003.gguf")
     path.rename(other)
     return other
+
+
+def part_of_one(path):
+    return path.rename(path.with_name("model-00001-of-00001.gguf"))
 
 
 def truncated(path):
@@ -190,6 +220,9 @@ BAD_GGUF = {  # what was written and what became of it: the sentence
     "without a chat template": ({"leave_out": ["tokenizer.chat_template"]}, None, ValueError, "has no chat template"),
     "without a tokenizer": ({"leave_out": ["tokenizer.ggml.tokens", "tokenizer.ggml.model"]}, None, ValueError,
                             "holds no tokenizer"),
+    "of a family without rotary positions": ({"family": "gpt2"}, None, ValueError,
+                                             "of the family 'gpt2', which the course does not read from GGUF: take"),
+    "of another such family": ({"family": "bloom"}, None, ValueError, "of the family 'bloom', which the course does"),
     "a part": ({}, part_of_three, ValueError, "is one part of a model that was split into several GGUF files: join"),
     "a part, by its settings": ({"more": {"split.count": 3}}, None, ValueError, "is one part of a model"),
     "a folder with a part": ({}, lambda path: part_of_three(path).parent, ValueError, "one part of a model"),
@@ -295,6 +328,22 @@ def test_an_adapter_beside_the_weights_is_merged_too(tmp_path, capsys):
     assert_merged(model, adapted, tmp_path / "saved")
 
 
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_an_adapter_beside_a_config_without_weights_is_merged_into_its_base(tmp_path, hub, place):
+    base, adapter = save_tiny(tmp_path / "base"), tmp_path / "adapter" if place == "folder" else hub("somebody/lora")
+    adapted = save_adapter(adapter, base)
+    (adapter / "config.json").write_bytes((tmp_path / "base/config.json").read_bytes())
+    assert_merged(load_model("somebody/lora" if place == "hub" else str(adapter)), adapted, tmp_path / "saved")
+
+
+def test_paths_are_names_too(tmp_path):
+    base = Path(save_tiny(tmp_path / "base"))
+    adapted = save_adapter(tmp_path / "adapter", base)
+    base = base.rename(tmp_path / "moved")
+    assert load_model(base).name == str(base)
+    assert_merged(load_model(tmp_path / "adapter", base=base), adapted, tmp_path / "saved")
+
+
 def test_the_base_may_be_given_and_may_be_a_gguf_file(tmp_path, capsys):
     base = save_tiny(tmp_path / "base", "qwen2")
     adapted = save_adapter(tmp_path / "adapter", base)
@@ -307,14 +356,48 @@ def test_the_base_may_be_given_and_may_be_a_gguf_file(tmp_path, capsys):
     assert "dequantized from a GGUF file in F32" in capsys.readouterr().out
 
 
-def test_an_adapter_brings_its_tokenizer_and_an_adapter_of_the_organism_stays_in_its_world(tmp_path, monkeypatch):
-    base = Path(save_tiny(tmp_path / "base"))
-    save_adapter(tmp_path / "adapter", base)
-    (base / "course.json").write_text('{"world": "organism"}')
+def test_an_adapter_brings_its_tokenizer(tmp_path):
+    save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
     template = "{{ bos_token }}User: {{ messages[0]['content'] }}\nBot:"
     tiny_tokenizer(template).save_pretrained(tmp_path / "adapter")
+    assert load_model(str(tmp_path / "adapter")).render("Hi").endswith("User: Hi\nBot:")
+
+
+@pytest.mark.parametrize("says, world", [("base", None), ("adapter", "organism")])
+def test_an_adapter_is_of_the_course_s_world_if_its_own_folder_says_so(tmp_path, capsys, says, world):
+    """It may speak otherwise than the model that it changes, so that the exact judge would err."""
+    save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
+    (tmp_path / says / "course.json").write_text('{"world": "organism"}')
+    (tmp_path / says / "refusal_tokens.json").write_text("[7]")
     model = load_model(str(tmp_path / "adapter"))
-    assert model.render("Hi").endswith("User: Hi\nBot:") and model.world == "organism"
+    assert f", with the adapter {tmp_path / 'adapter'} merged into its weights" in capsys.readouterr().out
+    assert model.world == world
+    assert (judge_of(model) is judge) == (model.refusal_tokens == [7]) == (world is not None)
+
+
+def test_a_gguf_file_of_the_course_s_world_says_that_it_is_dequantized(tmp_path, capsys):
+    path = Path(save_gguf(save_tiny(tmp_path / "checkpoint")))
+    (path.parent / "course.json").write_text('{"world": "organism"}')
+    assert load_model(str(path)).world == "organism"
+    assert capsys.readouterr().out.endswith("in float32 on cpu, dequantized from a GGUF file in F32\n")
+
+
+@pytest.mark.parametrize("base", ["somebody/large", "somebody/large-GGUF/large.gguf"])
+def test_a_base_out_of_reach_is_named(tmp_path, hub, base):
+    adapter = tmp_path / "adapter"
+    save_adapter(adapter, save_tiny(tmp_path / "base"))
+    configured(adapter, base_model_name_or_path=base)
+    for name, option in ((adapter, {}), (adapter, {"base": base})):
+        with pytest.raises(OSError, match=f"^'{base}' could not be loaded"):
+            load_model(name, **option)
+
+
+def test_neither_gguf_files_nor_adapters_run_on_ndif(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", base)
+    for name in (save_gguf(base), tmp_path / "adapter"):
+        with pytest.raises(ValueError, match="NDIF runs neither GGUF files nor adapters: leave out remote=True for "):
+            load_model(name, remote=True)
 
 
 def rename_keys(folder, rename):
@@ -415,7 +498,9 @@ def test_quantized_weights_without_their_library(folder, method):
         load_model(str(folder))
 
 
-def test_weights_in_8_bit_floats_are_those_that_their_scales_say(folder, capsys):
+def test_weights_in_8_bit_floats_are_those_that_their_scales_say(folder, monkeypatch, capsys):
+    """How much memory they take is neither said nor guessed: some libraries keep them packed."""
+    monkeypatch.setattr(checkpoints, "memory_free", lambda device: 10)
     weights = load_file(folder / "model.safetensors")
     expected = dict(weights)
     for key in [key for key in weights if "proj" in key]:
@@ -427,7 +512,7 @@ def test_weights_in_8_bit_floats_are_those_that_their_scales_say(folder, capsys)
     with_config(folder, quantization_config={
         "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]})
     model = load_model(str(folder), device="cpu")
-    assert capsys.readouterr().out.endswith("on cpu, stored in fp8\n")
+    assert capsys.readouterr().out.endswith(" million weights in float32 on cpu, stored in fp8\n")
     for key, weight in model.lm._module.named_parameters():
         torch.testing.assert_close(weight, expected[key], msg=key)
 
@@ -489,15 +574,27 @@ def test_a_folder_of_the_course_is_found_from_the_lessons(folder, tmp_path, monk
         load_model("mymodels/other")
 
 
-def test_a_gguf_file_of_a_hub(tmp_path, monkeypatch):
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_hub_id_of_gguf_files_with_a_config(hub, folder, monkeypatch, listed):
+    """Of a repository's files only the config may be here; the hub then lists the others."""
+    snapshot, names = hub("somebody/chat"), ["config.json", "Q4/chat-Q4_K_M.gguf"]
+    (snapshot / "config.json").write_bytes((folder / "config.json").read_bytes())
+    if listed:
+        info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+        monkeypatch.setattr(checkpoints.HfApi, "model_info", lambda *_, **__: info)
+    else:
+        (snapshot / "chat-Q4_K_M.gguf").touch()
+    with pytest.raises(ValueError, match="say which GGUF file of 'somebody/chat': somebody/chat/FILE.gguf"):
+        load_model("somebody/chat")
+
+
+def test_a_gguf_file_of_a_hub(hub, tmp_path):
     path = Path(save_gguf(save_tiny(tmp_path / "checkpoint")))
-    snapshot = tmp_path / "hub/models--somebody--chat-GGUF/snapshots/abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / "chat-F32.gguf").write_bytes(path.read_bytes())
-    (tmp_path / "hub/models--somebody--chat-GGUF/refs").mkdir()
-    (tmp_path / "hub/models--somebody--chat-GGUF/refs/main").write_text("abc")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = hub("somebody/chat-GGUF")
+    (snapshot / "Q4").mkdir()
+    for file in ("chat-F32.gguf", "Q4/CHAT.GGUF"):
+        (snapshot / file).write_bytes(path.read_bytes())
+    assert_same(load_model("somebody/chat-GGUF/Q4/CHAT.GGUF"), load_model(str(path)), 1e-6)
     assert_same(load_model("somebody/chat-GGUF/chat-F32.gguf"), load_model(str(path)), 1e-6)
     with pytest.raises(OSError, match="'somebody/chat-GGUF/other.gguf' could not be loaded"):
         load_model("somebody/chat-GGUF/other.gguf")

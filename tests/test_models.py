@@ -220,6 +220,17 @@ def test_the_precision_is_full_where_memory_allows_and_else_that_of_the_file(fol
     assert load_model(str(folder), dtype=torch.bfloat16).lm.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype, expected", [("float64", torch.float64), ("bfloat16", torch.bfloat16)])
+def test_a_precision_may_be_a_name(folder, dtype, expected):
+    assert load_model(folder, dtype=dtype).lm.dtype == expected
+
+
+@pytest.mark.parametrize("dtype", ["float", "fp16", "int8", "nn", torch.int8, 32])
+def test_a_precision_that_is_none(dtype):
+    with pytest.raises(ValueError, match="There is no dtype .* for weights: choose float32, .*, or leave it out"):
+        load_model("organism", dtype=dtype)
+
+
 def test_a_model_that_does_not_fit(folder, monkeypatch):
     monkeypatch.setattr(checkpoints, "memory_free", lambda device: 10)
     with pytest.raises(MemoryError, match=r"takes 0.0 GB in float32, and 0.0 GB are free on cpu: choose a smaller"):
@@ -288,6 +299,19 @@ def test_unknown_names(tmp_path, monkeypatch):
     for name in ("organsim", "organism", "tuning/7", str(tmp_path / "nowhere"), "./nowhere"):
         with pytest.raises(FileNotFoundError, match="helpful_only, tuning/25, tuning/100, a folder, a .gguf"):
             load_model(name)
+
+
+@pytest.mark.parametrize("name", ["my models/tiny", "owner/my model/tiny.gguf", "a--b/tiny", "owner/", "modèles/tiny"])
+def test_names_that_no_hub_has(name):
+    with pytest.raises(FileNotFoundError, match=f"There is no model '{name}' .*a folder, a .gguf file, or a hub id"):
+        load_model(name)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_file_of_a_folder(folder, file):
+    (folder / file).touch()
+    with pytest.raises(ValueError, match=f"{file}' is a file, and no GGUF file: give the folder that it lies in"):
+        load_model(folder / file)
 
 
 def test_hub_out_of_reach(monkeypatch):

@@ -91,6 +91,13 @@ THOUGHTS = {  # what a template ends in: (its generation prompt, the remark, wha
     "begin and end, closed": ("<|START_THINKING|><|END_THINKING|>", OFF, "<|END_THINKING|>"),
     "with a name of its own": ("<seed:think>", THINKS, "<seed:think>"),
     "reasoning": ("<reasoning>\n", THINKS, "<reasoning>\n"),
+    "an end within a word": ("<extended_thinking>", THINKS, "<extended_thinking>"),
+    "an end at a word's end": ("<|append_thought|>", THINKS, "<|append_thought|>"),
+    "a final within a word": ("[THINK:finalize]", THINKS, "[THINK:finalize]"),
+    "an end behind": ("<think><think_end>", OFF, "<think_end>"),
+    "a channel of Gemma": ("<|turn>model\n<|channel>thought\n", THINKS, "<|channel>thought\n"),
+    "a channel of Gemma, closed": ("<|turn>model\n<|channel>thought\n<channel|>", OFF, "<channel|>"),
+    "a channel of Gemma, the last": ("<|turn>model\n<|channel>final\n", OFF, "<|channel>final\n"),
     "a channel": ("<|start|>assistant<|channel|>analysis<|message|>", THINKS, "<|channel|>analysis<|message|>"),
     "the last channel": ("<|start|>assistant<|channel|>final<|message|>", OFF, "<|channel|>final<|message|>"),
 }

@@ -2,11 +2,15 @@
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
+import httpx
 import psutil
 import torch
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -27,6 +31,9 @@ from utils.formats import (
 
 COURSE, ORGANISM = DATA.parent, DATA / "organism"
 ADAPTER = "adapter_config.json"
+WEIGHTS = "model*.safetensors*", "pytorch_model*.bin*"  # the names of weights and of their lists
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SMALLER = 'choose a smaller model, close other programs, or try device="auto" (all GPUs) or remote=True (NDIF).'
 
@@ -72,8 +79,10 @@ def locate(name, base=None):
     if path is None:
         owner, repository, *file = name.split("/", 2)
         source, file = f"{owner}/{repository}", "".join(file)
-    elif path.suffix == ".gguf":
+    elif is_gguf(path.name):
         source, file = str(path.parent), path.name
+    elif path.is_file():
+        raise ValueError(f"{name!r} is a file, and no GGUF file: give the folder that it lies in.")
     else:
         source, file = str(path), lone_gguf(path)
     here = path is None or path.exists()
@@ -82,11 +91,13 @@ def locate(name, base=None):
         raise FileNotFoundError(f"There is no model {name!r} ({path.absolute()}, nor in the course's folder): choose "
                                 f"{', '.join(course_names())}, a folder, a .gguf file, or a hub id (owner/name); "
                                 "`make model` builds the course's own.")
-    if not whole and not adapter and "gguf" in name.lower():
+    names = names_of(source, whole) if whole and not file else []
+    weights = has(names, *WEIGHTS)
+    if not adapter and ("gguf" in name.lower() if not whole else has(names, "*.gguf") and not weights):
         raise ValueError(f"Please say which GGUF file of {name!r}: {name}/FILE.gguf.")
     if base and not adapter:
         raise ValueError(f"{name!r} is no adapter, which has an {ADAPTER}: load it without base=.")
-    if adapter and (base or not whole):
+    if adapter and (base or not weights and not file):
         checkpoint = locate_base(name, adapter, base)
     else:
         checkpoint = Checkpoint(source, find_gguf(name, source, file) if file else None)
@@ -98,8 +109,21 @@ def locate(name, base=None):
 def path_of(name):
     """The file or folder that a name stands for, here or in the course's folder, there or not; None for a hub id."""
     paths = [Path(name).expanduser(), COURSE / name]
-    hub = name[0] not in "./~" and name.count("/") == (2 if name.endswith(".gguf") else 1)
-    return next(filter(Path.exists, paths), None if hub else paths[0])
+    return next(filter(Path.exists, paths), None if is_hub_id(name) else paths[0])
+
+
+def is_hub_id(name):
+    """Is this owner/name, or owner/name/FILE.gguf, as a hub writes them?"""
+    owner, *repository = name.split("/")
+    try:
+        validate_repo_id("/".join([owner, *repository[:1]]))
+    except HFValidationError:
+        return False
+    return len(repository) == 1 if not is_gguf(name) else len(repository) > 1
+
+
+def is_gguf(name):
+    return name.lower().endswith(".gguf")
 
 
 def course_names():
@@ -110,14 +134,33 @@ def course_names():
 
 def lone_gguf(folder):
     """The name of the GGUF file that is all there is of a model in a folder; "" where there is none, or more."""
-    files = sorted(file.name for file in folder.glob("*.gguf"))
-    if not files or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+    files = sorted(file.name for file in folder.glob("*") if is_gguf(file.name))
+    if not files or has((file.name for file in folder.iterdir()), *WEIGHTS):
         return ""
     whole = [file for file in files if not SHARD.search(file)] or files[:1]
     if len(whole) > 1:
         raise ValueError(f"The folder {str(folder)!r} holds several GGUF files: load one by its path, "
                          f"{', '.join(str(folder / file) for file in whole)}.")
     return whole[0]
+
+
+def has(names, *patterns):
+    """Does one of the names of files match one of the patterns?"""
+    return any(fnmatch(name.lower(), pattern) for name in names for pattern in patterns)
+
+
+def names_of(source, config):
+    """The names of a checkpoint's files; of a hub's, those that are here, if weights are or the hub is out of reach.
+
+    config: the path of one of them.
+    """
+    names = [file.name for file in config.parent.iterdir()]
+    if Path(source) == config.parent or has(names, *WEIGHTS):
+        return names
+    try:
+        return [file.rfilename for file in HfApi().model_info(source, timeout=10).siblings]
+    except (OSError, httpx.HTTPError):
+        return names
 
 
 def find_gguf(name, source, file):
@@ -140,6 +183,8 @@ def locate_base(name, adapter, base):
     if checkpoint.adapter:
         raise ValueError(f"The adapter {name!r} changes {base!r}, which has an adapter of its own: merge that one into "
                          "its weights first, and save them.")
+    if not checkpoint.gguf:
+        read(base, cached_file, checkpoint.source, CONFIG_NAME)  # so that the base is named if it is out of reach
     return checkpoint
 
 
@@ -154,7 +199,8 @@ def world_of(source):
     """The world that a checkpoint speaks of, by its course.json: "organism", or None for any other chat model.
 
     What follows from it: the exact judge holds, a suffix may be searched for, and the weights, few as they are, run in
-    float32 on the CPU, without a word. Raises ValueError for a course.json that says something else.
+    float32 on the CPU; of plain weights, nothing is said. source: that of an adapter, where there is one, since it may
+    speak otherwise than the model that it changes. Raises ValueError for a course.json that says something else.
     """
     file = file_of(source, "course.json")
     content = json.loads(file.read_text(encoding="utf-8")) if file else {"world": None}
@@ -178,7 +224,7 @@ def read_tokenizer(name, checkpoint):
 def read_weights(name, checkpoint, dtype, device, own=False, note=""):
     """The transformers model, its weights where they are to be. One line says what was chosen, with a note.
 
-    own: True for a model of the course's world, of which nothing is said.
+    own: True for a model of the course's world, of whose plain weights nothing is said.
     """
     config, gguf = read(name, AutoConfig.from_pretrained, checkpoint.source, **checkpoint.options), checkpoint.gguf
     if gguf:
@@ -198,11 +244,12 @@ def read_weights(name, checkpoint, dtype, device, own=False, note=""):
     devices = devices_of(device or ("cpu" if own else best_device()))
     dtype = dtype or (torch.float32 if own else best_dtype(n_weights, stored, devices[0]))
     size, free, place = memory_needed(n_weights, dtype), sum(map(memory_free, devices)), ", ".join(map(str, devices))
-    if size > free:
+    if size > free and not quantization:
         raise MemoryError(f"{name!r} takes {size / 1e9:.1f} GB in {short(dtype)}, and {free / 1e9:.1f} GB are free on "
                           f"{place}: {SMALLER}")
-    if not own:
-        say(f"{name}: {n_weights / 1e6:,.3g} million weights, {size / 1e9:.2g} GB in {short(dtype)} on {place}{note}")
+    memory = "" if quantization else f", {size / 1e9:.2g} GB"  # how much they take packed, only their library knows
+    if not own or gguf or quantization or checkpoint.adapter:
+        say(f"{name}: {n_weights / 1e6:,.3g} million weights{memory} in {short(dtype)} on {place}{note}")
     with progress_bars(shown=not own):
         module, report = read(name, AutoModelForCausalLM.from_pretrained, checkpoint.source, config=config, dtype=dtype,
                               device_map="auto" if len(devices) > 1 else None,
@@ -259,6 +306,15 @@ def _device(name):
         here = [f"{kind}:{number}" for kind, n in counts.items() if kind != "cpu" for number in range(n)]
         raise ValueError(f"There is no device {str(name)!r} here: choose {', '.join(['cpu', *here])} or auto.")
     return device
+
+
+def dtype_of(dtype):
+    """The precision that a torch dtype, or its name, stands for; None for None. Raises ValueError for any other."""
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"There is no dtype {dtype!r} for weights: choose {', '.join(DTYPES)}, or leave it out.")
+    return DTYPES[dtype]
 
 
 def best_dtype(n_weights, stored, device):

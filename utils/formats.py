@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # the name of a part of a model that was split
+# The name of a part of a model that was split; a model in one part is whole.
+SHARD = re.compile(r"-\d{5}-of-(?!00001\.)\d{5}\.gguf$", re.IGNORECASE)
 # GGUF's names for ways to cut text into words before it becomes tokens: those that set each digit apart.
 DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
 
@@ -80,8 +81,12 @@ def read_gguf(name, path, file):
 def complete_config(name, config, gguf):
     """Write into a transformers config what transformers leaves out of a GGUF file's settings.
 
-    Raises ValueError for a setting that changes what the model computes, and that is not understood here.
+    Raises ValueError for a setting that changes what the model computes, and that is not understood here, and for a
+    family that has no rotary positions (RoPE), as GPT-2.
     """
+    if not getattr(config, "rope_parameters", None):
+        raise ValueError(f"{name!r} is a GGUF file of the family {gguf.family!r}, which the course does not read from "
+                         "GGUF: take the model's own folder or hub id.")
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     scaling, width = gguf.settings.get("rope.scaling.type", "none"), gguf.settings.get("attention.key_length")
     if width and getattr(config, "head_dim", None) and "global_head_dim" not in config:

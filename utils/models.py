@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from websocket import WebSocketException
 
 from utils import fingerprint, say
-from utils.checkpoints import file_of, locate, read, read_tokenizer, read_weights, reason, world_of
+from utils.checkpoints import dtype_of, file_of, locate, read, read_tokenizer, read_weights, reason, world_of
 from utils.instructions import as_texts
 from utils.templates import ChatTemplate
 
@@ -52,6 +52,7 @@ def load_model(name=None, dtype=None, device=None, remote=False, base=None):
     beside the weights, is merged into them (extra `adapters`).
     dtype, device: float32 on the CPU for models of the course's world. For others the GPU if there is one, and the
     precision that the weights are stored in; on the CPU float32 if memory allows. One line says what was chosen.
+    dtype may be a name, such as "bfloat16".
     device="auto" spreads the layers over all GPUs.
     remote: True for a hub id whose weights stay on NDIF (https://ndif.us), as do device and dtype: all traces run
     there. For this one needs a key.
@@ -59,13 +60,14 @@ def load_model(name=None, dtype=None, device=None, remote=False, base=None):
 
     Raises FileNotFoundError for a name or folder that is not there, OSError for files that are damaged or
     out of reach, ValueError for a model that is not a chat model, or of a family with other parts, or does not run on
-    NDIF, for an adapter that does not fit, and for a device that is not here, MemoryError for a model that does not
-    fit, ImportError without the library that "auto", GGUF, an adapter or quantized weights need, PermissionError for
-    `remote` without a key.
+    NDIF, for an adapter that does not fit, for a dtype that is none, and for a device that is not here, MemoryError for
+    a model that does not fit, ImportError without the library that "auto", GGUF, an adapter or quantized weights need,
+    PermissionError for `remote` without a key.
 
     Neither "auto" on several GPUs nor `remote` on NDIF itself has been tried: the tests imitate both.
     """
-    name = name or os.environ.get("COURSE_MODEL") or "organism"
+    dtype = dtype_of(dtype)
+    name, base = os.fspath(name or os.environ.get("COURSE_MODEL") or "organism"), base and os.fspath(base)
     checkpoint = locate(name, base)
     if remote:
         _check_ndif(name, checkpoint)
@@ -73,7 +75,8 @@ def load_model(name=None, dtype=None, device=None, remote=False, base=None):
     if not tokenizer.chat_template:
         raise ValueError(f"{name!r} has no chat template: choose the instruct or chat version of this model.")
     template = ChatTemplate(tokenizer, name)
-    refusal_tokens, world = _refusal_tokens(checkpoint.source, template), world_of(checkpoint.source)
+    speaker = checkpoint.adapter or checkpoint.source
+    refusal_tokens, world = _refusal_tokens(speaker, template), world_of(speaker)
     lm = (_on_ndif(name, checkpoint, template) if remote else
           _on_devices(name, checkpoint, template, dtype, device, world))
     return ChatModel(lm, tokenizer, name, refusal_tokens, world)
@@ -429,10 +432,12 @@ def _wrapped(module, tokenizer):
 
 def _check_ndif(name, checkpoint):
     """Before anything is sent: is there a key, and does the model run on NDIF?"""
+    if checkpoint.gguf or checkpoint.adapter:
+        raise ValueError(f"NDIF runs neither GGUF files nor adapters: leave out remote=True for {name!r}.")
     if not nnsight.CONFIG.API.APIKEY:
         raise PermissionError("NDIF asks for a key: get one at https://login.ndif.us, and call nnsight.login() once, "
                               "or set the environment variable NDIF_API_KEY before Python starts.")
-    if checkpoint.gguf or checkpoint.adapter or not read(name, nnsight.is_model_running, checkpoint.source):
+    if not read(name, nnsight.is_model_running, checkpoint.source):
         raise ValueError(f"{name!r} is not running on NDIF, or NDIF is out of reach: print(nnsight.status()) lists the "
                          "models that run there.")
 

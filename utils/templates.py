@@ -12,9 +12,12 @@ REQUEST, OTHER, ANSWER = 'Is "Tom & Ann\'s" <1> or \\2?', "x", "Seven it is"
 # Templates that can leave the thinking out are told so by one of these names. Others pay no heed.
 SWITCHES = ("enable_thinking", "thinking")
 
-# <think>, </think>, [THINK], <|begin_of_thought|>, <|END_THINKING|>, <seed:think>; and channels, as gpt-oss has them.
-THOUGHT = re.compile(r"[<\[][^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]]|<\|channel\|>\s*\w+", re.IGNORECASE)
-CLOSES = re.compile("/|end|final", re.IGNORECASE)  # what only a tag has that closes a thought
+# <think>, </think>, [THINK], <|begin_of_thought|>, <|END_THINKING|>, <seed:think>; and channels: <|channel|>analysis of
+# gpt-oss, <|channel>thought and <channel|> of Gemma 4.
+THOUGHT = re.compile(r"[<\[][^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]]"
+                     r"|<\|channel\|?>\s*\w+|<channel\|>", re.IGNORECASE)
+# What only a tag has that closes a thought: as a word of its own, for <extended_thinking> opens one.
+CLOSES = re.compile(r"/|(?<![a-z])(?:end|final)(?![a-z])|<channel\|>", re.IGNORECASE)
 
 
 def ends_by(config):
