@@ -263,6 +263,8 @@ def test_the_lowest_bypass_whatever_the_others():
     assert lowest_bypass(scores) == (4, 1)  # layer 0 has no candidates, layer 8 is late
     assert lowest_bypass(scores, max_layer=0.3) == (1, 0)
     assert lowest_bypass(scores, max_layer=1.0) == (8, 1)
+    with pytest.raises(ValueError, match="None of the model's 10 layers has a candidate .*: take a deeper model"):
+        lowest_bypass(scores, max_layer=0.1)
 
 
 # the difference in means and directions

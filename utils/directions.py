@@ -82,10 +82,14 @@ def lowest_bypass(scores, max_layer=0.8):
     """The lowest bypass score, whatever the others, for when no candidate passes -> (layer, position index).
 
     Layer 0, which has no candidates, the late layers and candidates without a score are left out.
+    Raises ValueError if that leaves none.
     """
     layers = torch.arange(len(scores.bypass))
     allowed = (layers > 0) & (layers < max_layer * len(layers))
     scored = ~scores.bypass.isnan()
+    if not (allowed[:, None] & scored).any():
+        raise ValueError(f"None of the model's {len(layers)} layers has a candidate that was scored, layer 0 and the "
+                         "late ones aside: take a deeper model.")
     bypass = scores.bypass.masked_fill(~(allowed[:, None] & scored), torch.inf)
     return divmod(bypass.argmin().item(), bypass.shape[1])
 

@@ -258,8 +258,8 @@ def orthogonalized(model, direction):
     direction: [d_model], or a Direction.
     Computes what `Ablation` computes. At the end of the block the weights are what they were, bit for bit; no file is
     touched. An unembedding that shares its weights with the embedding keeps its own copy meanwhile: it only reads.
-    Where a family normalises what attention and MLP have written (Gemma 2, 3, OLMo 2), their weights stay, and the
-    matrix I - r̂ r̂ᵀ comes behind these norms: a norm in between would undo an edit before it.
+    Where a family normalises what attention and MLP have written, as Gemma 2 does, their weights stay, and the matrix
+    I - r̂ r̂ᵀ comes behind these norms: a norm in between would undo an edit before it.
     Raises ValueError for a direction of another model, or several of them, and for a model that is not `editable`.
     """
     direction = _check_edit(Ablation(direction), model)
@@ -372,6 +372,6 @@ def _check_fit(intervention, model, lengths):
 
 def _check_layers(layers, model):
     for layer in layers:
-        if layer not in range(model.n_layers):
+        if not isinstance(layer, int) or layer not in range(model.n_layers):
             raise ValueError(f"There is no layer {layer} in {model.name!r}: "
                              f"choose from 0 to {model.n_layers - 1}.")

@@ -182,7 +182,7 @@ class ChatModel:
                       (with `.o_proj`) and `.mlp` (with `.down_proj`), `lm.model.norm`, `lm.lm_head`
     config            transformers' settings of the language model, such as `num_attention_heads`
     layers            `lm.model.layers`, as a list; also `n_layers`, `d_model`
-    post_norms        True if what attention and MLP write is normalised before it is added (Gemma 2, 3, OLMo 2)
+    post_norms        True if what attention and MLP write is normalised before it is added (as in Gemma 2)
     multiplier        what attention and MLP write is multiplied by this before it is added (Granite), or 1
     post_instruction  the template's tokens after the instruction, as strings (paper, section 2.1)
     positions         theirs, counted from the end: [-n, ..., -1]

@@ -18,7 +18,7 @@ import torch
 from nnsight.intervention.backends.remote import RemoteError
 
 from utils import differences, fingerprint, say, write_json
-from utils.candidates import CandidateScores
+from utils.candidates import SCORES, CandidateScores
 from utils.checkpoints import SMALLER
 from utils.directions import find_direction, random_directions
 from utils.evaluation import Rate, judge, loss, phrase_judge, refusal_metric
@@ -32,7 +32,6 @@ CONDITIONS = {"harmful": ("baseline", "ablated", "orthogonalized", "random"),
               "harmless": ("baseline", "ablated", "added")}
 QUICK = {"harmful": ("baseline", "ablated"), "harmless": ("baseline", "added")}
 N, N_QUICK = 100, 32  # test prompts of each side
-SCORES = ("bypass", "induce", "kl")
 JUDGES = {"first token": lambda prompt, answer, metric: metric > 0,
           "phrases": lambda prompt, answer, metric: phrase_judge(answer),
           "exact": lambda prompt, answer, metric: judge(prompt, answer) == "refusal"}
@@ -157,7 +156,8 @@ def direction_of(model, train, val, quick, progress, out):
     place = direction.layer, model.positions.index(direction.position)
     return {"vector": direction.vector.tolist(), "layer": direction.layer, "position": direction.position,
             **{name: getattr(scores, name)[place].item() for name in SCORES},
-            "candidates": scores.bypass.numel(), "passing": int(scores.passing().sum()),
+            "candidates": scores.bypass.numel(), "scored": int((~scores.bypass.isnan()).sum()),
+            "passing": int(scores.passing().sum()),
             "scores": {name: listed_scores(getattr(scores, name)) for name in SCORES}}
 
 
