@@ -10,7 +10,7 @@ MAKEFLAGS += --keep-going
 
 FAST := style outputs up-to-date units notebooks
 
-.PHONY: help lab test test-all $(FAST) slow solutions model suffixes bench benchmark strip clean
+.PHONY: help lab test test-all $(FAST) slow blank solutions model suffixes bench benchmark strip clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,7 +29,7 @@ lab: .venv/course
 	$(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/lessons/00_meet_the_model.ipynb $(ROOT_OPTION)
 
 test: $(FAST)
-test-all: test slow
+test-all: test slow blank
 
 style: .venv/dev
 	$(BIN)/ruff check .
@@ -48,6 +48,10 @@ notebooks: .venv/dev
 
 slow: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or hypothesis" --hypothesis-profile thorough tests
+
+# The lessons as a learner first meets them.
+blank: .venv/dev
+	COURSE_MODEL=organism $(BIN)/python -m pytest -n 2 --dist loadfile lessons
 
 solutions: .venv/dev
 	$(BIN)/python -m utils.solutions

@@ -1,13 +1,20 @@
-"""What holds for all tests; and notebooks under nbval, each in a kernel of its own, which is watched here."""
+"""What holds for all tests; and notebooks under nbval, each in a kernel of its own, which is watched here.
+
+Solutions are run with the organism. Lessons are run blank: with a tiny model of random weights, in a moment, or with
+the model that COURSE_MODEL names.
+"""
+import functools
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in each process: two run at a time. Here, for torch reads it once
-os.environ["COURSE_MODEL"] = ""  # lessons are run with the organism
+LESSONS_MODEL = os.environ.get("COURSE_MODEL")
+os.environ["COURSE_MODEL"] = ""  # that is the organism
 
 PEAK_MEMORY = 900  # MB, of a notebook's kernel
 STRICT = os.environ.get("COURSE_STRICT", "0")
@@ -17,7 +24,18 @@ STRICT = os.environ.get("COURSE_STRICT", "0")
 def pytest_runtest_setup(item):
     """In solutions/ every check is strict."""
     if item.path.suffix == ".ipynb":
-        os.environ["COURSE_STRICT"] = "1" if item.path.parent.name == "solutions" else STRICT
+        solved = item.path.parent.name == "solutions"
+        os.environ["COURSE_STRICT"] = "1" if solved else STRICT
+        os.environ["COURSE_MODEL"] = "" if solved else LESSONS_MODEL or tiny_model()
+
+
+@functools.cache
+def tiny_model():
+    """The folder of a model of random weights, which is gone when the tests end."""
+    from tiny_models import save_terse
+    folder = tempfile.TemporaryDirectory()
+    tiny_model.folder = folder  # or it would be gone at once
+    return save_terse(folder.name)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,8 +9,7 @@ import re
 
 import nbformat
 import pytest
-from tiny_models import save_tiny
-from transformers import GenerationConfig
+from tiny_models import save_terse, save_tiny
 
 from utils.checks import find_check
 from utils.solutions import DIFFICULTY, ROOT, exercise_name, fill, lessons, run
@@ -63,10 +62,7 @@ EMPTY = "from matplotlib import pyplot\npyplot.figure().subplots().set_title('of
 
 @pytest.fixture(scope="module")
 def random_llama(tmp_path_factory):
-    """A tiny chat model of random weights. Most tokens end its answers, so that they are short and the lessons fast."""
-    folder = save_tiny(tmp_path_factory.mktemp("random"))
-    GenerationConfig(eos_token_id=list(range(300)), pad_token_id=325).save_pretrained(folder)
-    return folder
+    return save_terse(tmp_path_factory.mktemp("random"))
 
 
 def shown(cells):
@@ -110,7 +106,7 @@ def test_one_wrong_half_solved_the_others_blank_with_a_model_whose_answers_are_n
     """Nothing fails, every figure and table is there, no figure is empty, and what they are worth is said.
 
     The lesson on suffixes says that it stays with the organism, and does. Of it only what comes up to there is run, and
-    the exercises: all of it runs with the organism under nbval, blank and solved.
+    the exercises: all of it runs with the organism under nbval, solved.
     """
     monkeypatch.setenv("COURSE_MODEL", random_llama)
     notebook, exercises = read(lesson)

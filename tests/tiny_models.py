@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 TEMPLATE = (
@@ -102,4 +102,11 @@ def save_tiny(folder, architecture="llama", template=TEMPLATE, **more):
                 weight.add_(0.3 * torch.randn_like(weight))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(Path(folder))
+
+
+def save_terse(folder):
+    """`save_tiny` of a Llama most of whose tokens end its answers, so that they are short and lessons run fast."""
+    save_tiny(folder)
+    GenerationConfig(eos_token_id=list(range(300)), pad_token_id=325).save_pretrained(folder)
     return str(Path(folder))
