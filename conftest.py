@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in each process: two run at a time. Here, for torch reads it once
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # more threads than cores get in each other's way as they wait
 LESSONS_MODEL = os.environ.get("COURSE_MODEL")
 os.environ["COURSE_MODEL"] = ""  # that is the organism
 

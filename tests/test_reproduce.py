@@ -141,13 +141,13 @@ def test_the_sweep_goes_on_after_the_last_candidate(planted, whole, its_prompts,
 
     monkeypatch.setattr(Scorer, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reproduce.reproduce(planted, tmp_path, n=2)
+        reproduce.reproduce(planted, tmp_path, n=N)
     with safe_open(tmp_path / "scores.safetensors", "pt") as file:
         kept = {name: file.get_tensor(name) for name in reproduce.SCORES}
     assert not any(kept[name][layer, index].isnan().any() for name, layer, index in measured)
     assert any(values.isnan().any() for values in kept.values())
     monkeypatch.setattr(Scorer, "measure", measure)
-    assert reproduce.reproduce(planted, tmp_path, n=2) == json.loads((whole / "results.json").read_text())
+    assert reproduce.reproduce(planted, tmp_path, n=N) == json.loads((whole / "results.json").read_text())
 
 
 def test_quick(planted, whole, its_prompts, tmp_path, capsys):
