@@ -305,7 +305,7 @@ def test_bad_inputs(prepare, words, tmp_path, request, capsys):
     """Exit status 1 after one sentence, all files as they were, and no folder for results that will never be."""
     arguments = prepare(tmp_path, request)
     before = files(tmp_path)
-    n = [] if "--n" in arguments else ["--n", 2]
+    n = [] if "--n" in arguments else ["--n", N]
     assert words in sentence_of(capsys, [*arguments, *n, "--out", tmp_path / "out"])
     assert files(tmp_path) == before and (tmp_path / "out").exists() == ("out" in {path.parent.name for path in before})
 
@@ -416,7 +416,7 @@ def test_results_of_something_else_are_not_gone_on_with(planted, whole, its_prom
     edit_json(out / "settings.json", lambda settings: settings.update(model=str(model)))
     change(model, monkeypatch)
     before = files(out)
-    assert f"with other settings ({part}): choose another" in sentence_of(capsys, [model, "--out", out, "--n", 2])
+    assert f"with other settings ({part}): choose another" in sentence_of(capsys, [model, "--out", out, "--n", N])
     assert files(out) == before
 
 
@@ -445,7 +445,7 @@ def test_the_row_of_a_model_with_an_odd_name(monkeypatch, whole):
 
 
 def test_noise_has_no_direction(tmp_path, capsys):
-    assert "holds" not in sentence_of(capsys, [tiny(tmp_path), "--out", tmp_path / "out", "--n", 2])
+    assert "holds" not in sentence_of(capsys, [tiny(tmp_path), "--out", tmp_path / "out", "--n", N])
 
 
 @pytest.mark.parametrize("error, words", [
