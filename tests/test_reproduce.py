@@ -305,7 +305,7 @@ def test_bad_inputs(prepare, words, tmp_path, request, capsys):
     """Exit status 1 after one sentence, all files as they were, and no folder for results that will never be."""
     arguments = prepare(tmp_path, request)
     before = files(tmp_path)
-    n = [] if "--n" in arguments else ["--n", N]
+    n = [] if "--n" in arguments else ["--n", 2]
     assert words in sentence_of(capsys, [*arguments, *n, "--out", tmp_path / "out"])
     assert files(tmp_path) == before and (tmp_path / "out").exists() == ("out" in {path.parent.name for path in before})
 
