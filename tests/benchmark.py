@@ -141,7 +141,7 @@ def selection(name, model, train, val, sample):
     """Rows: how long the search takes, and that both searches score alike."""
     ours, (direction, _) = seconds(find_direction, model, train, val, screen=FINALISTS, strict=False)
     theirs, candidates, places, scores = plain_search(model, train, val, sample)
-    [at] = [place for place in [(direction.layer, model.positions.index(direction.position))]]
+    at = direction.layer, model.positions.index(direction.position)
     gap = (candidates[at] - direction.vector).abs().max() / direction.vector.norm()
     rows = [(f"{name}: search, the paper's procedure / course (screen={FINALISTS})", f"{theirs / ours:.1f}",
              f"{theirs:.0f} s / {ours:.0f} s" + ("" if sample is None else
