@@ -24,7 +24,17 @@ import torch
 from tqdm import tqdm
 
 from utils.activations import mean_residual_stream
-from utils.candidates import CandidateScores, Scorer, first_order, screen
+from utils.candidates import (
+    AT_A_TIME,
+    N_ESTIMATE,
+    N_HEAT,
+    CandidateScores,
+    Scorer,
+    first_order,
+    score_finalists,
+    screen,
+    spread,
+)
 from utils.directions import find_direction, kept_prompts, lowest_bypass, mean_of_kept, select_direction
 from utils.evaluation import kl_divergence, refusal_metric
 from utils.instructions import SIDES, load_instructions
@@ -211,15 +221,23 @@ def pick(scores):
     return select_direction(scores) if scores.passing().any() else lowest_bypass(scores)
 
 
-def given_away(scores, estimates, real):
-    """(does the screen pick the same?, nats of bypass that it gives away), both from exact scores of all candidates."""
-    finalists = screen(estimates, real, FINALISTS)
-    among = torch.ones_like(real)
-    for place in finalists:
-        among[place] = False
-    screened = CandidateScores(*(score.masked_fill(among, torch.nan)
+def screened(scores, estimates, of_heat, real):
+    """What the search picks that scores few candidates, from exact scores of all. of_heat: bypass on few prompts."""
+    finalists = sorted(screen(estimates, real, FINALISTS), key=lambda place: of_heat[place].item())
+    for end in range(AT_A_TIME, len(finalists) + AT_A_TIME, AT_A_TIME):
+        unscored = torch.ones_like(real)
+        for place in finalists[:end]:
+            unscored[place] = False
+        some = CandidateScores(*(score.masked_fill(unscored, torch.nan)
                                  for score in (scores.bypass, scores.induce, scores.kl)))
-    swept, ours = pick(scores), pick(screened)
+        if some.passing().any():
+            break
+    return pick(some)
+
+
+def given_away(scores, ours):
+    """(is our pick the sweep's?, nats of bypass that it gives away), from exact scores of all candidates."""
+    swept = pick(scores)
     return swept == ours, (scores.bypass[ours] - scores.bypass[swept]).item()
 
 
@@ -238,11 +256,11 @@ def draws(model, n=20):
         train, val = ({side: load_instructions(split, side, size, seed) for side in SIDES}
                       for split, size in (("train", 64), ("test", 24)))
         means = [mean_of_kept(model, train[side], side == "harmful")[0] for side in SIDES]
-        kept = [kept_prompts(model, val[side], side == "harmful") for side in SIDES]
+        kept = [kept_prompts(model, val[side], side == "harmful")[0] for side in SIDES]
         scorer = Scorer(model, means[0] - means[1], *kept)
         sweep(scorer)
-        estimates = first_order(model, scorer.candidates, *kept)
-        outcomes.append(given_away(scorer.scores, estimates, scorer.real))
+        scores = score_finalists(model, scorer.candidates, *kept, FINALISTS)
+        outcomes.append(given_away(scorer.scores, pick(scores)))
     return outcomes
 
 
@@ -265,9 +283,11 @@ def resampled(scorer, harmful, harmless, n=100):
                 for side, prompts in (("harmful", harmful), ("harmless", harmless))}
         side = {"bypass": "harmful", "induce": "harmless", "kl": "harmless"}
         scores = CandidateScores(*(scorer.values[name][..., rows[side[name]]].mean(dim=-1) for name in side))
-        guess = CandidateScores(bypass[rows["harmful"]].mean(dim=0), induce[rows["harmless"]].mean(dim=0),
+        few = {side: spread(drawn.tolist(), N_ESTIMATE) for side, drawn in rows.items()}
+        guess = CandidateScores(bypass[few["harmful"]].mean(dim=0), induce[few["harmless"]].mean(dim=0),
                                 torch.full_like(bypass[0], torch.nan))
-        outcomes.append(given_away(scores, guess, scorer.real))
+        of_heat = scorer.values["bypass"][..., spread(rows["harmful"].tolist(), N_HEAT)].mean(dim=-1)
+        outcomes.append(given_away(scores, screened(scores, guess, of_heat, scorer.real)))
     return outcomes
 
 
@@ -339,7 +359,7 @@ def begun_sweep(model, train, val, rest, file, n=20):
     """
     means = [mean_of_kept(model, train[side], side == "harmful")[0] for side in SIDES]
     pool = {side: (val[side] + rest[side])[:160] for side in SIDES}
-    kept = [kept_prompts(model, pool[side], side == "harmful")[:n] for side in SIDES]
+    kept = [kept_prompts(model, pool[side], side == "harmful")[0][:n] for side in SIDES]
     return Scorer(model, means[0] - means[1], *kept, file=file), kept
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from planted_model import planted_directions, planted_prompts, save_planted
 
 from utils.activations import residual_stream
-from utils.candidates import CandidateScores, kept_out_by_one
+from utils.candidates import AT_A_TIME, CandidateScores, heat, kept_out_by_one, spread
 from utils.directions import (
     Direction,
     cosine_similarities,
@@ -146,11 +146,45 @@ def test_the_screen_finds_what_the_sweep_finds(planted, found, screen):
     wanted, every = found
     assert (direction.layer, direction.position) == (wanted.layer, wanted.position)
     assert torch.equal(direction.vector, wanted.vector)
-    scored = ~scores.bypass.isnan()
-    assert scored[1:].sum() == min(screen, 4 * len(planted.positions))  # layer 0 has none, layer 5 is late
+    n_scored = (~scores.bypass[1:].isnan()).sum()  # layer 0 has no candidates
+    assert 0 < n_scored <= screen and n_scored <= 2 * AT_A_TIME
     for name in ("bypass", "induce", "kl"):
         measured, exact = getattr(scores, name), getattr(every, name)
         assert_same(measured[~measured.isnan()], exact[~measured.isnan()])
+
+
+def test_a_heat_ranks_by_bypass_on_its_prompts(planted, found):
+    candidates = randn(planted.n_layers, len(planted.positions), planted.d_model)
+    places = [(1, 0), (4, 2), (2, 1), (3, 3)]
+    exact = {place: refusal_when_ablated(planted, candidates[place], HARMFUL_VAL).mean().item() for place in places}
+    for batch_size in (5, 64):
+        order = heat(planted, candidates, HARMFUL_VAL, places, batch_size)
+        assert order == sorted(places, key=exact.get) and len(set(exact.values())) == 4
+    assert heat(planted, candidates, HARMFUL_VAL, []) == []
+
+
+@given(st.integers(0, 40), st.integers(1, 20))
+def test_spread_takes_prompts_from_everywhere(n_prompts, n):
+    drawn = spread(range(n_prompts), n)
+    assert len(drawn) == min(n, n_prompts) and drawn == sorted(set(drawn))
+    assert not drawn or max(b - a for a, b in zip(drawn, [*drawn[1:], n_prompts])) <= -(-n_prompts // len(drawn))
+
+
+def test_where_the_first_group_fails_the_next_is_scored(planted, monkeypatch, found):
+    """Whatever passes is found, be it the last of all finalists."""
+    [first, last] = found[0].layer, planted.positions.index(found[0].position)
+    passing = CandidateScores.passing
+    monkeypatch.setattr("utils.candidates.heat", lambda model, candidates, prompts, finalists, batch_size: sorted(
+        finalists, key=lambda place: place == (first, last)))  # the one that is wanted comes last
+
+    def only_the_last(scores, *limits):
+        allowed = torch.zeros_like(scores.bypass, dtype=torch.bool)
+        allowed[first, last] = True
+        return passing(scores, *limits) & allowed
+    monkeypatch.setattr(CandidateScores, "passing", only_the_last)
+    direction, scores = find_direction(planted, TRAIN, VAL, screen=12)
+    assert (direction.layer, direction.position) == (found[0].layer, found[0].position)
+    assert (~scores.bypass[1:].isnan()).sum() == 12
 
 
 def test_the_screen_stops_at_the_candidate_that_is_chosen(planted, found):
@@ -187,7 +221,8 @@ def test_no_finalists(planted):
 @pytest.mark.parametrize("refused", [True, False])
 def test_the_mean_of_those_kept_is_that_of_their_streams(planted, refused, batch_size):
     mixed = HARMFUL[:7] + HARMLESS[:4]
-    kept = kept_prompts(planted, mixed, refused, batch_size)
+    kept, logits = kept_prompts(planted, mixed, refused, batch_size)
+    assert_same(logits, last_logits(planted, kept))
     assert kept == (HARMFUL[:7] if refused else HARMLESS[:4])
     mean, n_kept = mean_of_kept(planted, mixed, refused, batch_size)
     assert n_kept == len(kept)

@@ -1,7 +1,8 @@
 """Score candidates for the refusal direction (paper, appendix C): exactly, or all at once to first order.
 
 A candidate is a vector at one layer and position. Exact scores cost three forward passes for each candidate. A
-first-order estimate costs one pass forward and one back for all of them, and tells which ones deserve exact scores.
+first-order estimate costs one pass forward and one back for all of them. It names the finalists; a heat on a few
+prompts tells which of these deserve exact scores.
 """
 import copy
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from transformers.cache_utils import DynamicLayer
 
 from utils import fingerprint
 from utils.evaluation import kl_divergence, refusal_metric
-from utils.interventions import Ablation, Addition
+from utils.interventions import Ablation, Addition, every_pair, last_logits
 from utils.models import at_least_float32
 
 SCORES = ("bypass", "induce", "kl")
 WORTH_SHARING = 8  # tokens: two forward passes in place of one have a cost of their own
+# For a ranking, a few prompts do: how many are read for the estimates, of each side, and how many in the heat.
+N_ESTIMATE, N_HEAT = 8, 4
+AT_A_TIME = 2  # finalists that get exact scores together
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,18 +154,19 @@ class Scorer:
              candidate, of length zero but for rounding, changes nothing, and keeps the scores of the unchanged model
 
     candidates: [n_layers, n_positions, d_model]. file: where each score is kept as soon as it is measured; if it is
-    there, the work goes on from it.
+    there, the work goes on from it. unchanged: the unchanged model's logits for the harmful prompts and for the
+    harmless ones, [n_prompts, vocab] each, where they are at hand.
     Raises ValueError for candidates of another shape, or that are not finite, and for a file of another search.
     """
 
-    def __init__(self, model, candidates, harmful, harmless, batch_size=64, file=None):
+    def __init__(self, model, candidates, harmful, harmless, batch_size=64, file=None, unchanged=None):
         check_candidates(model, candidates)
         self.model, self.candidates, self.file = model, candidates, Path(file) if file else None
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         self.version = model.fingerprint() if file else None
         self.harmful, self.harmless = (SharedStart(model, prompts, batch_size) for prompts in (harmful, harmless))
-        self.unchanged = self.harmless.last_logits()
+        nothing, self.unchanged = unchanged or (self.harmful.last_logits(), self.harmless.last_logits())
         lengths = candidates.norm(dim=-1)
         self.real = lengths > 1e-5 * lengths.max()
         shape = candidates.shape[:2]
@@ -171,9 +176,8 @@ class Scorer:
         if self.file and self.file.is_file():
             self._resume()
         elif not self.real.all():
-            nothing = {"bypass": self._metric(self.harmful.last_logits()), "induce": self._metric(self.unchanged),
-                       "kl": self.unchanged.new_zeros(n_harmless)}
-            for name, values in nothing.items():
+            for name, values in (("bypass", self._metric(nothing)), ("induce", self._metric(self.unchanged)),
+                                 ("kl", self.unchanged.new_zeros(n_harmless))):
                 self.values[name][~self.real] = values
 
     @property
@@ -232,38 +236,70 @@ def check_candidates(model, candidates):
                          "with dtype=torch.bfloat16 or torch.float32.")
 
 
-def score_candidates(model, candidates, harmful, harmless, batch_size=64, progress=False, file=None):
+def score_candidates(model, candidates, harmful, harmless, batch_size=64, progress=False, file=None, unchanged=None):
     """Score all candidates [n_layers, n_positions, d_model] on validation prompts -> CandidateScores.
 
-    Three forward passes for each candidate. file, and what is raised: as in `Scorer`.
+    Three forward passes for each candidate. file, unchanged, and what is raised: as in `Scorer`.
     """
-    scorer = Scorer(model, candidates, harmful, harmless, batch_size, file)
+    scorer = Scorer(model, candidates, harmful, harmless, batch_size, file, unchanged)
     for layer, index in tqdm(scorer.real.nonzero().tolist(), desc="scoring candidates", disable=not progress):
         for name in SCORES:
             scorer.measure(name, layer, index)
     return scorer.scores
 
 
-def score_finalists(model, candidates, harmful, harmless, n_finalists, batch_size=64, progress=False, file=None):
+def score_finalists(model, candidates, harmful, harmless, n_finalists, batch_size=64, progress=False, file=None,
+                    unchanged=None):
     """Score the candidates of the best first-order estimates, as far as the paper's rule needs -> CandidateScores.
 
-    First bypass of all finalists; then, from the lowest on, induce, and kl where induce is above 0, until one passes
-    the filters: it is the one that the rule takes. The scores of all others are nan.
+    A heat puts the finalists in order. Two at a time, they then get exact scores: first bypass of both; then, from the
+    lower one on, induce, and kl where induce is above 0, until one passes the filters: it is the one that the
+    rule takes. The scores of all others are nan.
     Raises ValueError as `Scorer`, and unless n_finalists is at least 1.
     """
     if n_finalists < 1:
         raise ValueError(f"{n_finalists} finalists cannot be scored: give at least 1, or None for every candidate.")
-    scorer = Scorer(model, candidates, harmful, harmless, batch_size, file)
-    finalists = screen(first_order(model, candidates, harmful, harmless), scorer.real, n_finalists)
-    for place in tqdm(finalists, desc="scoring finalists", disable=not progress):
+    scorer = Scorer(model, candidates, harmful, harmless, batch_size, file, unchanged)
+    estimates = first_order(model, candidates, spread(harmful, N_ESTIMATE), spread(harmless, N_ESTIMATE))
+    finalists = screen(estimates, scorer.real, n_finalists)
+    finalists = heat(model, candidates, spread(harmful, N_HEAT), finalists, batch_size)
+    with tqdm(total=len(finalists), desc="scoring finalists", disable=not progress) as bar:
+        for start in range(0, len(finalists), AT_A_TIME):
+            group = finalists[start:start + AT_A_TIME]
+            if score_group(scorer, group):
+                break
+            bar.update(len(group))
+    return scorer.scores
+
+
+def heat(model, candidates, harmful, finalists, batch_size=64):
+    """The finalists, a list of (layer, position index), in the order of bypass on a few prompts, the lowest first."""
+    if not finalists:
+        return []
+    prompts, directions = every_pair(harmful, torch.stack([candidates[place] for place in finalists]))
+    logits = last_logits(model, prompts, Ablation(directions), batch_size)
+    bypass = refusal_metric(logits, model.refusal_tokens).view(len(finalists), -1).mean(dim=-1)
+    return [finalists[rank] for rank in bypass.argsort().tolist()]
+
+
+def score_group(scorer, finalists):
+    """Measure what the rule needs of these finalists -> whether one passes the filters."""
+    for place in finalists:
         scorer.measure("bypass", *place)
     for place in sorted(finalists, key=lambda place: scorer.scores.bypass[place].item()):
         scorer.measure("induce", *place)
         if scorer.scores.induce[place] > 0:
             scorer.measure("kl", *place)
         if scorer.scores.passing()[place]:
-            break
-    return scorer.scores
+            return True
+    return False
+
+
+def spread(prompts, n):
+    """n of the prompts, evenly spread over all of them; or all, if they are fewer."""
+    prompts = list(prompts)
+    n = min(n, len(prompts))
+    return [prompts[k * len(prompts) // n] for k in range(n)]
 
 
 def screen(estimates, real, n_finalists):

@@ -104,8 +104,9 @@ def find_direction(model, train, val, screen=12, strict=True, progress=False, ba
 
     train, val: {"harmful": instructions, "harmless": instructions}. As the paper does, it leaves out harmful prompts
     that the model would answer and harmless ones that it would refuse, by the sign of the refusal metric.
-    screen: how many candidates get exact scores, those of the best first-order estimates; all other scores are nan.
-    None for the paper's search, which scores every candidate. On NDIF, where no gradient is at hand, all are scored.
+    screen: how many candidates are finalists, those of the best first-order estimates. The best of these get exact
+    scores, until one passes; all other scores are nan. None for the paper's search, which scores every candidate. On
+    NDIF, where no gradient is at hand, all are scored.
     strict: raise ValueError if the filter leaves no prompts, or if no candidate passes the paper's filters. If False,
     it says so in one line and goes on, to show the steps on any model: with all the prompts, or with the candidate of
     `lowest_bypass`.
@@ -117,16 +118,20 @@ def find_direction(model, train, val, screen=12, strict=True, progress=False, ba
     for side in SIDES:
         means[side], n_kept = mean_of_kept(model, train[side], side == "harmful", batch_size)
         faults += [] if n_kept else [_why_none_is_kept(train[side], side)]
-    kept = {side: kept_prompts(model, val[side], side == "harmful", batch_size) for side in SIDES}
-    faults += [_why_none_is_kept(val[side], side) for side in SIDES if not kept[side]]
+    prompts, unchanged = [], []
+    for side in SIDES:
+        kept, logits = kept_prompts(model, val[side], side == "harmful", batch_size)
+        faults += [] if kept else [_why_none_is_kept(val[side], side)]
+        prompts.append(kept or list(val[side]))
+        unchanged.append(logits)
     if faults and strict:
         raise ValueError(faults[0])
     candidates = means["harmful"] - means["harmless"]
-    prompts = [kept[side] or list(val[side]) for side in SIDES]
+    settings = {"batch_size": batch_size, "progress": progress, "file": file, "unchanged": unchanged}
     if screen is None or model.remote:
-        scores = score_candidates(model, candidates, *prompts, batch_size, progress, file)
+        scores = score_candidates(model, candidates, *prompts, **settings)
     else:
-        scores = score_finalists(model, candidates, *prompts, screen, batch_size, progress, file)
+        scores = score_finalists(model, candidates, *prompts, screen, **settings)
     select = select_direction
     if not (strict or scores.passing().any()):
         select = lowest_bypass
@@ -146,9 +151,12 @@ def check_sides(**splits):
 
 
 def kept_prompts(model, prompts, refused, batch_size=64):
-    """Those of the prompts that the model would refuse (refused=True), or answer (refused=False)."""
+    """Those of the prompts that the model would refuse (refused=True), or answer (refused=False), and their logits at
+    the last position, [n_kept, vocab]. If none is kept, the logits of all."""
     logits = SharedStart(model, prompts, batch_size).last_logits()
-    return filter_prompts(prompts, refusal_metric(logits, model.refusal_tokens), refused)
+    metric = refusal_metric(logits, model.refusal_tokens)
+    keep = (metric > 0) == refused
+    return filter_prompts(prompts, metric, refused), logits[keep] if keep.any() else logits
 
 
 def mean_of_kept(model, prompts, refused, batch_size=64):
