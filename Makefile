@@ -79,11 +79,10 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The empty files .venv/course and .venv/dev stand for what is installed: the course, and what the tests need besides.
-# Python compiles a module when it is first imported; pip would compile all of them, for half a minute.
 .venv/dev: EXTRAS := [dev]
 .venv/course .venv/dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 		{ echo "The course needs Python 3.10 or later: make ... PYTHON=/path/to/it"; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "On Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".$(EXTRAS)"
+	$(BIN)/python -m pip install -c constraints.txt -e ".$(EXTRAS)"
 	@touch .venv/course $@
