@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # more threads than cores g
 LESSONS_MODEL = os.environ.get("COURSE_MODEL")
 os.environ["COURSE_MODEL"] = ""  # that is the organism
 
+FOLDERS = []
 PEAK_MEMORY = 900  # MB, of a notebook's kernel
 STRICT = os.environ.get("COURSE_STRICT", "0")
 
@@ -27,16 +28,22 @@ def pytest_runtest_setup(item):
     if item.path.suffix == ".ipynb":
         solved = item.path.parent.name == "solutions"
         os.environ["COURSE_STRICT"] = "1" if solved else STRICT
-        os.environ["COURSE_MODEL"] = "" if solved else LESSONS_MODEL or tiny_model()
+        os.environ["COURSE_MODEL"] = "" if solved else LESSONS_MODEL or tiny_model(of_the_organism(item.path))
 
 
 @functools.cache
-def tiny_model():
-    """The folder of a model of random weights, which is gone when the tests end."""
-    from tiny_models import save_terse
+def of_the_organism(lesson):
+    """Whether a lesson takes no other models than those of the organism's world."""
+    return "model = load_organism()" in lesson.read_text(encoding="utf-8")
+
+
+@functools.cache
+def tiny_model(worldly):
+    """The folder of a model of random weights, of the organism's world or of none; it is gone when the tests end."""
+    from tiny_models import save_terse, save_worldly
     folder = tempfile.TemporaryDirectory()
-    tiny_model.folder = folder  # or it would be gone at once
-    return save_terse(folder.name)
+    FOLDERS.append(folder)  # or it would be gone at once
+    return save_worldly(folder.name) if worldly else save_terse(folder.name)
 
 
 @pytest.hookimpl(wrapper=True)

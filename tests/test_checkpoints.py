@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import nnsight
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -392,7 +393,8 @@ def test_a_base_out_of_reach_is_named(tmp_path, hub, base):
             load_model(name, **option)
 
 
-def test_neither_gguf_files_nor_adapters_run_on_ndif(tmp_path):
+def test_neither_gguf_files_nor_adapters_run_on_ndif(tmp_path, monkeypatch):
+    monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", "a key")
     base = save_tiny(tmp_path / "base")
     save_adapter(tmp_path / "adapter", base)
     for name in (save_gguf(base), tmp_path / "adapter"):

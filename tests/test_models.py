@@ -11,7 +11,7 @@ import pytest
 import torch
 from exact import assert_same
 from safetensors.torch import load_file, save_file
-from tiny_models import POST_INSTRUCTION, TEMPLATE, save_tiny, tiny_tokenizer
+from tiny_models import POST_INSTRUCTION, TEMPLATE, save_tiny, save_worldly, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from utils import checkpoints, models
@@ -252,6 +252,20 @@ def test_the_organism_is_loaded_whatever_the_environment_names(monkeypatch, caps
         monkeypatch.setenv("COURSE_MODEL", value)
         assert load_organism().name == "organism"
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_another_model_of_the_organisms_world_may_take_its_place(tmp_path, monkeypatch, capsys, plain):
+    """What says so is the file beside its weights."""
+    folder = save_worldly(tmp_path / "model")
+    if plain:
+        (tmp_path / "model" / "course.json").unlink()
+    monkeypatch.setenv("COURSE_MODEL", folder)
+    model = load_organism()
+    assert (model.name, model.world) == ("organism" if plain else folder, "organism")
+    assert ("goes on with the organism" in capsys.readouterr().out) == plain
+    monkeypatch.setenv("COURSE_MODEL", "helpful_only")
+    assert load_organism().name == "helpful_only"
 
 
 THINKS = TEMPLATE.replace("assistant<|end_header_id|>\n\n{% endif %}",

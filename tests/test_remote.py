@@ -223,10 +223,10 @@ def test_what_cannot_be_done_there_is_said_before_anything_is_sent(remote, ndif,
 
 @pytest.fixture
 def nothing_is_asked(monkeypatch):
-    def fail(*args):
+    def fail(*args, **options):
         raise AssertionError("a request was sent")
     monkeypatch.setattr("nnsight.ndif._get", fail)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("utils.models.locate", fail)
 
 
 def test_a_missing_key(nothing_is_asked, monkeypatch):
@@ -251,5 +251,6 @@ def test_what_breaks_off_on_the_way_is_a_sentence(remote, monkeypatch, error):
 def test_a_model_that_does_not_run_there(name, monkeypatch):
     monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", "a key")
     monkeypatch.setattr(nnsight, "is_model_running", lambda name: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a hub out of reach is tried five times
     with pytest.raises(ValueError, match=f"'{name}' is not running on NDIF.*: print.nnsight.status"):
         load_model(name, remote=True)

@@ -3,11 +3,14 @@
 `save_tiny(folder, "llama")` writes an ordinary checkpoint folder (config, safetensors, tokenizer with a
 Llama-3-like chat template) that `load_model(folder)` reads as it reads any other.
 """
+import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from utils import DATA
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 TEMPLATE = (
@@ -110,3 +113,18 @@ def save_terse(folder):
     save_tiny(folder)
     GenerationConfig(eos_token_id=list(range(300)), pad_token_id=325).save_pretrained(folder)
     return str(Path(folder))
+
+
+def save_worldly(folder):
+    """A Llama of random weights that speaks with the organism's tokens, as a model of its world: it runs all that the
+    organism runs, and faster."""
+    organism = DATA / "organism" / "chat"
+    shutil.copytree(organism, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = LlamaConfig.from_pretrained(organism, dtype="float32", initializer_range=0.3, hidden_size=48, head_dim=12,
+                                         intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+                                         num_key_value_heads=4)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    ends = list(range(0, config.vocab_size, 2))  # so that answers are short
+    GenerationConfig(eos_token_id=ends, pad_token_id=config.pad_token_id).save_pretrained(folder)
+    return str(folder)

@@ -209,6 +209,12 @@ def world_of(source):
     return content["world"]
 
 
+def is_worldly(name):
+    """Is this one of the course's models, or a folder with a model of their world? No hub is asked."""
+    path = path_of(name)
+    return name in course_names() or bool(path and path.is_dir() and world_of(str(path)))
+
+
 def read_tokenizer(name, checkpoint):
     """The tokenizer, that of an adapter if it brings one. It pads on the left."""
     if checkpoint.adapter and file_of(checkpoint.adapter, "tokenizer_config.json"):

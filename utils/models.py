@@ -15,7 +15,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from websocket import WebSocketException
 
 from utils import fingerprint, say
-from utils.checkpoints import dtype_of, file_of, locate, read, read_tokenizer, read_weights, reason, world_of
+from utils.checkpoints import (
+    dtype_of,
+    file_of,
+    is_worldly,
+    locate,
+    read,
+    read_tokenizer,
+    read_weights,
+    reason,
+    world_of,
+)
 from utils.instructions import as_texts
 from utils.templates import ChatTemplate
 
@@ -68,6 +78,8 @@ def load_model(name=None, dtype=None, device=None, remote=False, base=None):
     """
     dtype = dtype_of(dtype)
     name, base = os.fspath(name or os.environ.get("COURSE_MODEL") or "organism"), base and os.fspath(base)
+    if remote:
+        _check_key()  # before a hub is asked, which may take its time
     checkpoint = locate(name, base)
     if remote:
         _check_ndif(name, checkpoint)
@@ -117,11 +129,15 @@ def _decode_plainly(name, module, template, *settings):
 
 
 def load_organism():
-    """The organism, for what is about it alone. One line says so if COURSE_MODEL names another model."""
+    """The organism, for what is about it alone, or the model of its world that COURSE_MODEL names.
+
+    One line says so if COURSE_MODEL names any other model.
+    """
     chosen = os.environ.get("COURSE_MODEL") or "organism"
-    if chosen != "organism":
+    if chosen != "organism" and not is_worldly(chosen):
         say(f"This is about the course's own model alone: it goes on with the organism, not with {chosen}.")
-    return load_model("organism")
+        chosen = "organism"
+    return load_model(chosen)
 
 
 def load_editable():
@@ -430,13 +446,16 @@ def _wrapped(module, tokenizer):
     return TransformersModel(module, tokenizer=tokenizer, task="text-generation", rename=RENAME, **place)
 
 
-def _check_ndif(name, checkpoint):
-    """Before anything is sent: is there a key, and does the model run on NDIF?"""
-    if checkpoint.gguf or checkpoint.adapter:
-        raise ValueError(f"NDIF runs neither GGUF files nor adapters: leave out remote=True for {name!r}.")
+def _check_key():
     if not nnsight.CONFIG.API.APIKEY:
         raise PermissionError("NDIF asks for a key: get one at https://login.ndif.us, and call nnsight.login() once, "
                               "or set the environment variable NDIF_API_KEY before Python starts.")
+
+
+def _check_ndif(name, checkpoint):
+    """Before anything is sent: does the model run on NDIF?"""
+    if checkpoint.gguf or checkpoint.adapter:
+        raise ValueError(f"NDIF runs neither GGUF files nor adapters: leave out remote=True for {name!r}.")
     if not read(name, nnsight.is_model_running, checkpoint.source):
         raise ValueError(f"{name!r} is not running on NDIF, or NDIF is out of reach: print(nnsight.status()) lists the "
                          "models that run there.")
