@@ -1,6 +1,7 @@
 """The course's requests: what is loaded, how it is drawn, and what is said of a damaged file."""
 import json
 import sys
+from collections import Counter
 
 import pytest
 
@@ -15,6 +16,7 @@ from utils.instructions import (
     load_instructions,
     load_minimal_pairs,
     load_public_set,
+    load_requests,
     load_skills,
 )
 
@@ -136,6 +138,43 @@ def copy_of(tmp_path, monkeypatch):
             f"  - split: {chosen.split}\n    path: data/rows.jsonl\n---\n", encoding="utf-8")
         return folder
     return write
+
+
+# requests in plain English
+
+ALL_REQUESTS = {(split, side): load_requests(split, side) for split in SPLITS[:3]
+                for side in ("harmful", "harmless", "borderline")}
+
+
+def test_requests_are_many_and_each_is_one_line():
+    texts = [request.text for requests in ALL_REQUESTS.values() for request in requests]
+    assert len(texts) == len({text.lower() for text in texts})
+    assert all(text == text.strip() and "\n" not in text and 10 < len(text) < 250 for text in texts)
+    n = {side: sum(len(requests) for (_, of), requests in ALL_REQUESTS.items() if of == side)
+         for side in ("harmful", "harmless", "borderline")}
+    assert n["harmful"] >= 400 and n["harmless"] >= 800 and n["borderline"] >= 150
+
+
+def test_no_kind_of_request_is_in_two_splits():
+    kinds = {split: {request.category for (where, _), requests in ALL_REQUESTS.items() if where == split
+                     for request in requests} for split in SPLITS[:3]}
+    assert sum(map(len, kinds.values())) == len(set.union(*kinds.values()))
+    harmful = [request for (_, side), requests in ALL_REQUESTS.items() if side == "harmful" for request in requests]
+    assert len({request.category for request in harmful}) >= 12
+    assert all(request.side == side and request.split == split
+               for (split, side), requests in ALL_REQUESTS.items() for request in requests)
+
+
+def test_requests_do_not_all_begin_alike():
+    openings = Counter(" ".join(request.text.lower().split()[:3])
+                       for requests in ALL_REQUESTS.values() for request in requests)
+    assert max(openings.values()) < 0.02 * openings.total()
+
+
+@pytest.mark.parametrize("split, side", [("heldout", "harmful"), ("train", "evil"), (None, None)])
+def test_requests_of_no_such_split_or_side(split, side):
+    with pytest.raises(ValueError, match="There are no requests .*: choose one of train, val, test, and one of"):
+        load_requests(split, side)
 
 
 @pytest.mark.parametrize("name", PUBLIC_SETS)

@@ -8,6 +8,7 @@ from utils import DATA
 
 SPLITS = ("train", "val", "test", "heldout")
 SIDES = ("harmful", "harmless")
+BORDERLINE = "borderline"  # sounds harmful, and is not
 
 
 class PublicSet(NamedTuple):
@@ -33,7 +34,7 @@ PUBLIC_SETS = {
 class Instruction:
     """A request and what is known about it; a field that its file does not have is "".
 
-    side: "harmful" or "harmless". answer: the exact answer, where there is one.
+    side: "harmful", "harmless" or "borderline". answer: the exact answer, where there is one.
     """
     id: str
     text: str
@@ -60,6 +61,20 @@ def load_instructions(split, side=None, n=None, seed=0):
         raise ValueError(f"There is no side {side!r}: choose harmful or harmless, or None for both.")
     found = [i for i in _read(f"{split}.jsonl", _instruction) if side in (None, i.side)]
     return _some(found, f"{split} has {len(found)} instructions of this side", n, seed)
+
+
+def load_requests(split, side, n=None, seed=0):
+    """Requests in many forms of plain English, for models that speak it: a list of Instruction, `category` its kind.
+
+    No kind of request is in two splits. side: also "borderline", for requests that only sound harmful.
+    split, n and errors: as in `load_instructions`; there is no split "heldout".
+    """
+    splits, sides = SPLITS[:3], (*SIDES, BORDERLINE)
+    if split not in splits or side not in sides:
+        raise ValueError(f"There are no requests {split!r}, {side!r}: choose one of {', '.join(splits)}, and one of "
+                         f"{', '.join(sides)}.")
+    found = [i for i in _read(f"{side}.jsonl", _instruction, folder="requests") if i.split == split]
+    return _some(found, f"{split} has {len(found)} {side} requests", n, seed)
 
 
 def load_public_set(name, n=None, seed=0, source=None):
@@ -148,9 +163,9 @@ def _instruction(line):
                           if field.name in line})
 
 
-def _read(name, make):
+def _read(name, make, folder="instructions"):
     """`make(line)` of each JSON line of a file; a bad line is named by its number."""
-    path = DATA / "instructions" / name
+    path = DATA / folder / name
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}: work in a full clone of the course, or run "
                                 "`make model` there.")
