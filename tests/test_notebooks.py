@@ -96,12 +96,8 @@ def up_to_the_model_and_exercises(cells):
             or cell.source.startswith(("check(", "summary("))]
 
 
-ONE_OF_THEM = "04_activation_addition"  # for the fast tests: the shortest that searches for a direction, and judges
-
-
-@pytest.mark.parametrize("lesson", [
-    pytest.param(lesson, id=lesson.stem, marks=[] if lesson.stem == ONE_OF_THEM else pytest.mark.slow)
-    for lesson in lessons()])
+@pytest.mark.slow
+@pytest.mark.parametrize("lesson", lessons(), ids=lambda lesson: lesson.stem)
 def test_one_wrong_half_solved_the_others_blank_with_a_model_whose_answers_are_noise(lesson, random_llama, monkeypatch):
     """Nothing fails, every figure and table is there, no figure is empty, and what they are worth is said.
 

@@ -181,6 +181,7 @@ def test_what_the_command_asks_for(monkeypatch, arguments, n, out):
     assert (folder, n_asked, options["quick"]) == (Path("reproduced") / out, n, "--quick" in arguments)
 
 
+@pytest.mark.slow
 def test_the_organism_by_the_command(tmp_path, capsys):
     assert reproduce.main(["organism", "--out", str(tmp_path), "--n", "10"]) == 0
     out = capsys.readouterr().out
