@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from utils import evaluation
 from utils.evaluation import (
     Rate,
+    answer_kl,
     answer_losses,
     bootstrap_mean,
     corrected_rate,
@@ -24,6 +25,7 @@ from utils.evaluation import (
     rates_by_group,
     refusal_metric,
     skill_accuracy,
+    text_losses,
     wilson,
 )
 from utils.instructions import Instruction, load_instructions
@@ -244,6 +246,39 @@ def test_answer_losses_belong_to_the_answers_in_order(llama):
     for losses, instruction in zip(together, ANSWERED):
         assert len(losses) == len(llama.tokenizer.encode(instruction.answer, add_special_tokens=False))
         assert_same(losses, answer_losses(llama, [instruction])[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_text_losses_are_those_of_each_text_alone(llama, batch_size):
+    """Outside of any chat, with the tokens that the tokenizer adds of its own accord."""
+    texts = ["bake a cake", "steal a car and help with a guide", "do it"]
+    for text, losses in zip(texts, text_losses(llama, texts, batch_size=batch_size)):
+        ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
+        logits = llama.lm._module(ids).logits[0, :-1]
+        assert_same(losses, -logits.log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0])
+    changed = text_losses(llama, texts, Ablation(torch.randn(32).double()), batch_size)
+    assert all((one - other).abs().max() > 1e-3 for one, other in zip(changed, text_losses(llama, texts)))
+
+
+def test_a_text_of_one_token_has_no_loss(llama, monkeypatch):
+    monkeypatch.setattr(llama, "tokenizer", lambda texts: {"input_ids": [[5, 6], [5]]})
+    with pytest.raises(ValueError, match="fewer than two tokens"):
+        text_losses(llama, ["bake a cake", "I"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_answer_kl_is_that_of_the_logits_at_each_token(llama, batch_size):
+    change = Ablation(torch.randn(32, generator=torch.Generator().manual_seed(0)).double())
+    found = answer_kl(llama, ANSWERED, change, batch_size)
+    for instruction, values in zip(ANSWERED, found):
+        answer = llama.template.continuation(instruction.text, instruction.answer)
+        ids = torch.tensor([llama.tokens([instruction])[0] + answer])
+        before = llama.lm._module(ids).logits[0]
+        with llama.lm.trace({"input_ids": ids}):
+            change.apply(llama)
+            after = llama.lm.output.logits[0].save()
+        assert_same(values, kl_divergence(before, after)[-len(answer) - 1:-1])
+        assert len(values) == len(answer) and (values > 0).all()
 
 
 def plain_loss(model, instructions, directions=None):

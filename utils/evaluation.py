@@ -187,15 +187,57 @@ def answer_losses(model, instructions, intervention=None, batch_size=64):
 
     Raises ValueError for an instruction that has no answer.
     """
+    return last_token_losses(model, *answered_tokens(model, instructions), intervention, batch_size)
+
+
+def answered_tokens(model, instructions):
+    """Token ids of each Instruction's prompt with its own answer, and how many are the answer's: two lists."""
     texts = as_texts(instructions)
     if not all(getattr(instruction, "answer", "") for instruction in instructions):
         raise ValueError("The loss is of answers, and an instruction here has none: "
                          "give Instructions with `.answer`.")
     answers = [model.template.continuation(text, i.answer) for text, i in zip(texts, instructions)]
-    tokens = [prompt + answer for prompt, answer in zip(model.tokens(texts), answers)]
+    return [prompt + answer for prompt, answer in zip(model.tokens(texts), answers)], list(map(len, answers))
+
+
+def answer_kl(model, instructions, intervention, batch_size=16):
+    """KL divergence of the changed model from the unchanged one, at each token of the Instructions' own answers
+    -> a list of [n_tokens_of_answer], nats.
+
+    Raises ValueError for an instruction that has no answer.
+    """
+    tokens, n_last = answered_tokens(model, instructions)
     found = {}
-    for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size, [len(ids) for ids in answers]):
-        longest = max(len(answers[row]) for row in rows)
+    for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size, n_last):
+        keep = max(n_last[row] for row in rows) + 1
+        logits = []
+        for applied in (None, change):
+            with model.lm.trace(inputs, use_cache=False, logits_to_keep=keep):
+                if applied is not None:
+                    applied.apply(model)
+                out = model.lm.output.logits[:, :-1].save()
+            logits.append(at_least_float32(out).flatten(end_dim=1))
+        values = kl_divergence(*logits).view(len(rows), -1).cpu()
+        found.update((row, row_values[-n_last[row]:]) for row, row_values in zip(rows, values))
+    return [found[row] for row in range(len(found))]
+
+
+def text_losses(model, texts, intervention=None, batch_size=64):
+    """Cross-entropy of plain texts, outside of any chat, each token but the first -> a list of [n_tokens - 1], nats.
+
+    Raises ValueError for a text of fewer than two tokens.
+    """
+    tokens = model.tokenizer(as_texts(texts))["input_ids"]
+    if min(map(len, tokens)) < 2:
+        raise ValueError("A text has fewer than two tokens: of the first one there is no loss. Give longer texts.")
+    return last_token_losses(model, tokens, [len(ids) - 1 for ids in tokens], intervention, batch_size)
+
+
+def last_token_losses(model, tokens, n_last, intervention, batch_size):
+    """Cross-entropy of the last n_last[i] tokens of each list of token ids -> a list of [n_last[i]], nats."""
+    found = {}
+    for rows, inputs, change in changed_batches(model, tokens, intervention, batch_size, n_last):
+        longest = max(n_last[row] for row in rows)
         ids = inputs["input_ids"][:, -longest - 1:]
         with model.lm.trace(inputs, use_cache=False, logits_to_keep=longest + 1):
             if change is not None:
@@ -203,7 +245,7 @@ def answer_losses(model, instructions, intervention=None, batch_size=64):
             # [n_prompts, longest + 1, vocab]: too many to be sent from NDIF
             logits = at_least_float32(model.lm.output.logits)
             losses = next_token_losses(logits, ids.to(logits.device)).save()
-        found.update((row, row_losses[-len(answers[row]):])  # answers end where the batch ends
+        found.update((row, row_losses[-n_last[row]:])  # texts end where the batch ends
                      for row, row_losses in zip(rows, losses.cpu()))
     return [found[row] for row in range(len(found))]
 
