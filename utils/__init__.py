@@ -12,6 +12,7 @@
     probes          linear probes, the words-only baseline, labels for controls
     candidates      scores of candidate directions: exact ones, and estimates of all at once
     directions      difference in means, selection, the whole method
+    runs            what models of real weights did, as it was recorded
     suffixes        the search for adversarial suffixes
     plots           the pictures
     widgets         controls to play with

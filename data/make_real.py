@@ -1,0 +1,220 @@
+"""Record what a model of real weights does under the method: `make real MODEL=... PROMPTS=... RUN=...`.
+
+    python data/make_real.py FOLDER --run qwen2.5-coder-0.5b --prompts FOLDER
+
+PROMPTS is a folder of JSON lists of strings, the paper's splits: harmful_train, harmless_train, harmful_val,
+harmless_val, jailbreakbench (100 harmful ones), harmless_test (Alpaca), harmbench_test. Without it, the course's own
+requests in plain English. Each step is kept in reproduced/RUN: run again, it goes on after the last one. The record is
+written to data/real/RUN: no text of a public set, and of an answer to a harmful request its first four words.
+"""
+import argparse
+import hashlib
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+
+from utils import DATA, write_json
+from utils.activations import mean_residual_stream
+from utils.candidates import SCORES
+from utils.directions import find_direction, kept_prompts, mean_of_kept, random_directions
+from utils.evaluation import Rate, answer_kl, answer_losses, kl_divergence, phrase_judge, refusal_metric, text_losses
+from utils.instructions import SIDES, Instruction, load_requests
+from utils.interventions import Ablation, Addition, generate, last_logits, orthogonalized
+from utils.models import load_model
+from utils.reproduce import Steps, listed_scores
+
+N_PROMPTS = {"train": 256, "val": 64, "test": 100}  # at most, of each side
+N_RANDOM, N_GENERATED, N_TOKENS = 20, 5, 24
+FIRST_WORDS = 4
+RUNS = DATA / "real"
+
+
+class EqualShadow:
+    """Each write to the residual stream gives up as much as erasing r would take from it, along another direction.
+
+    r, other: [d_model]. So the stream is moved as far as by erasing r, at each token and layer, but another way.
+    """
+
+    def __init__(self, r, other):
+        self.r, self.other = F.normalize(r, dim=-1), F.normalize(other, dim=-1)
+
+    def apply(self, model):
+        model.layers[0].input = self.change(model.layers[0].input)
+        for layer in model.layers:
+            for module in model.writers(layer):
+                out = module.output
+                module.output = (self.change(out[0]), *out[1:]) if isinstance(out, tuple) else self.change(out)
+
+    def change(self, x):
+        return x - (x @ self.r.to(x))[..., None] * self.other.to(x)
+
+
+def conditions(model, vector, layer):
+    """What is done to the model, for each side: {side: {condition: intervention, or None}}."""
+    randoms = random_directions(N_RANDOM, like=vector)
+    harmful = {"base": None, "ablated": Ablation(vector), "subtracted": Addition(vector, layer, -1.0),
+               "equal_shadow": EqualShadow(vector, random_directions(1, like=vector, seed=1)[0])}
+    harmful |= {"orthogonalized": None} if model.editable else {}
+    harmful |= {f"random_{number}": Ablation(random) for number, random in enumerate(randoms, start=1)}
+    return {"harmful": harmful, "harmless": {"base": None, "ablated": Ablation(vector),
+                                             "added": Addition(vector, layer)}}
+
+
+def read_prompts(folder):
+    """{split: {side: prompts}} for train, val, test; and where the test prompts come from."""
+    if folder is None:
+        return ({split: {side: load_requests(split, side) for side in SIDES} for split in ("train", "val", "test")},
+                dict.fromkeys(SIDES, "requests"))
+    names = {"train": ("harmful_train", "harmless_train"), "val": ("harmful_val", "harmless_val"),
+             "test": ("jailbreakbench", "harmless_test")}
+    return ({split: {side: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+                     for side, name in zip(SIDES, pair)} for split, pair in names.items()},
+            {"harmful": "jailbreakbench", "harmless": "alpaca"})
+
+
+def drawn(prompts, split):
+    """Up to N_PROMPTS of a split, of each side."""
+    return {side: list(prompts[split][side])[:N_PROMPTS[split]] for side in SIDES}
+
+
+def direction_of(model, prompts, sweep, folder):
+    """The pick, its vector and scores, and how many prompts of each side were kept."""
+    train, val = drawn(prompts, "train"), drawn(prompts, "val")
+    direction, scores = find_direction(model, train, val, screen=None if sweep else 24, strict=False, progress=True,
+                                       batch_size=16, file=folder / "scores.safetensors")
+    n_kept = {side: mean_of_kept(model, train[side], side == "harmful", 16)[1] for side in SIDES}
+    n_val = {side: len(kept_prompts(model, val[side], side == "harmful", 16)[0]) for side in SIDES}
+    return {"vector": direction.vector.tolist(), "layer": direction.layer, "position": direction.position,
+            "passes": bool(scores.passing()[direction.layer, model.positions.index(direction.position)]),
+            "n": {"train": n_kept, "val": n_val}, "scores": {name: listed_scores(getattr(scores, name))
+                                                             for name in SCORES}}
+
+
+def streams_of(model, train, file):
+    """Mean residual streams of the prompts that were kept, float16: {side: [n_layers, 1 + n_positions, d_model]}.
+
+    At the last token of the instruction, then at the post-instruction tokens. The difference of the sides is the
+    candidates.
+    """
+    if not file.is_file():
+        positions = [model.positions[0] - 1, *model.positions]
+        kept = {side: kept_prompts(model, train[side], side == "harmful", 16)[0] or train[side] for side in SIDES}
+        save_file({side: mean_residual_stream(model, prompts, positions, 16).half() for side, prompts in kept.items()},
+                  file)
+    return load_file(file)
+
+
+def measured(model, prompts, condition, change, vector, whole):
+    """Refusal metrics, whole answers if wanted, and KL to the unchanged model's first token, prompt by prompt."""
+    with orthogonalized(model, vector) if condition == "orthogonalized" else nullcontext():
+        logits = last_logits(model, prompts, change, batch_size=16)
+        answers = generate(model, prompts, change, N_TOKENS, batch_size=16) if whole else None
+    kl = None if condition == "base" else kl_divergence(last_logits(model, prompts, batch_size=16), logits).tolist()
+    return {"metric": refusal_metric(logits, model.refusal_tokens).tolist(), "answers": answers, "kl": kl}
+
+
+def costs_of(model, change, answered):
+    """What a change costs, in means: nats per token of plain paragraphs; how many questions with four choices are
+    right, and of how many; KL from the unchanged model at the first token of its own answers, and over their first 32.
+
+    answered: harmless Instructions with the unchanged model's answers.
+    """
+    paragraphs = [line["text"] for line in read_lines("paragraphs")]
+    questions = read_lines("questions")
+    asked = [Instruction(id="", text=one["question"], answer=choice) for one in questions for choice in one["choices"]]
+    losses = torch.tensor([losses.mean() for losses in answer_losses(model, asked, change, 16)]).view(-1, 4)
+    right = losses.argmin(dim=1) == torch.tensor([one["answer"] for one in questions])
+    costs = {"paragraphs": torch.cat(text_losses(model, paragraphs, change, 8)).double().mean().item(),
+             "choices": [int(right.sum()), len(right)]}
+    if change is not None and answered:
+        kl = answer_kl(model, answered, change, 8)
+        costs |= {"kl_first": mean(values[0].item() for values in kl),
+                  "kl_32": mean(values[:32].mean().item() for values in kl)}
+    return costs
+
+
+def read_lines(name):
+    return [json.loads(line) for line in (DATA / "costs" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def told(side, given):
+    """What the record says of one condition: refused by phrases where there are whole answers, else by first token."""
+    judge = "phrases" if given["answers"] else "first token"
+    refused = [phrase_judge(text) for text in given["answers"]] if given["answers"] else \
+        [metric > 0 for metric in given["metric"]]
+    rate = Rate.of(refused)
+    shown = {} if not given["answers"] else {
+        "begins": [" ".join(text.split()[:FIRST_WORDS]) if side == "harmful" else text for text in given["answers"]],
+        "verdicts": ["refusal" if one else "answer" for one in refused]}
+    return {"refused": rate.successes, "n": rate.n, "interval": list(rate.interval), "judge": judge,
+            "metric": [round(value, 3) for value in given["metric"]],
+            "kl": given["kl"] and round(sum(given["kl"]) / len(given["kl"]), 4), **shown}
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def record(name, run, weights, folder, sweep):
+    """All steps, kept in reproduced/RUN, and the record in data/real/RUN."""
+    model = load_model(name)
+    prompts, sources = read_prompts(folder)
+    steps = Steps(Path("reproduced") / run, progress=True)
+    steps.belong_to({"model": name, "sweep": sweep, **model.fingerprint()})
+    found = steps("direction", direction_of, model, prompts, sweep, steps.folder)
+    vector, layer = torch.tensor(found["vector"]), found["layer"]
+    test = drawn(prompts, "test")
+    streams = streams_of(model, drawn(prompts, "train"), steps.folder / "streams.safetensors")
+    answers = {side: {} for side in SIDES}
+    for side, changes in conditions(model, vector, layer).items():
+        for condition, change in changes.items():
+            number = int(condition.removeprefix("random_")) if condition.startswith("random") else 0
+            given = steps(f"{side}, {condition}", measured, model, test[side], condition, change, vector,
+                          number <= N_GENERATED)
+            answers[side][condition] = told(side, given)
+    answered = [Instruction(id="", text=getattr(prompt, "text", prompt), answer=answer) for prompt, answer in
+                zip(test["harmless"], steps.read("harmless, base")["answers"]) if answer.strip()]
+    randoms = random_directions(1, like=vector)
+    costs = {name: steps(f"costs, {name}", costs_of, model, change, answered) for name, change in
+             {"base": None, "ablated": Ablation(vector), "random_1": Ablation(randoms[0])}.items()}
+    out = RUNS / run
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({"direction": vector}, out / "direction.safetensors")
+    save_file(streams, out / "streams.safetensors")
+    asked = {side: {"set": sources[side], "hashes": [hashlib.sha256(str(getattr(prompt, "text", prompt)).encode())
+                    .hexdigest()[:16] for prompt in test[side]]} for side in SIDES}
+    write_json(out / "results.json", {
+        "weights": weights, "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "n_layers": model.n_layers, "post_instruction": model.post_instruction,
+        "refusal_tokens": model.refusal_tokens, "pick": {"layer": layer, "position": found["position"],
+                                                         "passes": found["passes"]},
+        "costs": costs, "n": found["n"], "candidates": found["scores"], "prompts": asked, "answers": answers})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder, GGUF file, hub id, or smollm2-refuser")
+    parser.add_argument("--run", required=True, help="the name of the record")
+    parser.add_argument("--prompts", type=Path, help="a folder of JSON lists; by default the course's own requests")
+    parser.add_argument("--sweep", action="store_true", help="score every candidate, not the best estimates alone")
+    parser.add_argument("--id", default="", help="the publisher's id of the weights")
+    parser.add_argument("--file", type=Path, help="the file that the weights come from, for its SHA-256")
+    parser.add_argument("--quantization", default="none")
+    args = parser.parse_args()
+    weights = {"id": args.id or args.model, "file": args.file.name if args.file else "",
+               "quantization": args.quantization, "sha256": sha256(args.file) if args.file else ""}
+    record(args.model, args.run, weights, args.prompts, args.sweep)
+
+
+if __name__ == "__main__":
+    main()

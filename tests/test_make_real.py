@@ -1,0 +1,89 @@
+"""What is recorded of real weights: each condition is what it says, and no text of a public set is kept."""
+import json
+
+import make_real
+import pytest
+import torch
+from exact import assert_same
+from safetensors.torch import load_file
+from tiny_models import save_tiny
+
+from utils import runs
+from utils.interventions import Ablation, last_logits
+from utils.models import load_model
+from utils.runs import load_run
+
+WORDS = ["bake a cake", "steal a car", "help with a guide", "do it as an assistant", "a car", "a cake or a guide"]
+SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val", "jailbreakbench", "harmless_test")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    for number, name in enumerate(SETS):
+        (folder / f"{name}.json").write_text(json.dumps([f"{text} {number}" for text in WORDS]))
+    return folder
+
+
+@pytest.fixture
+def recorded(tmp_path, prompts, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = {"train": 6, "val": 6, "test": 4}
+    for name, value in {"RUNS": tmp_path / "data" / "real", "N_PROMPTS": few, "N_RANDOM": 2, "N_GENERATED": 1,
+                        "N_TOKENS": 6}.items():
+        monkeypatch.setattr(make_real, name, value)
+    monkeypatch.setattr(runs, "REAL", tmp_path / "data" / "real")
+    name = save_tiny(tmp_path / "model")
+    make_real.record(name, "tiny", {"id": "x", "file": "", "quantization": "none", "sha256": ""}, prompts, sweep=True)
+    return load_model(name), load_run("tiny"), tmp_path / "data" / "real" / "tiny"
+
+
+def test_a_record_holds_every_condition(recorded):
+    model, run, folder = recorded
+    assert list(run.rates("harmful")) == ["base", "ablated", "subtracted", "equal_shadow", "orthogonalized", "random_1",
+                                          "random_2"]
+    assert list(run.rates("harmless")) == ["base", "ablated", "added"]
+    harmful = run.answers["harmful"]
+    assert harmful["random_1"]["judge"] == "phrases" and harmful["random_2"]["judge"] == "first token"
+    asked = [f"{text} 4" for text in WORDS[:4]]
+    ablated = last_logits(model, asked, Ablation(run.direction))
+    expected = make_real.refusal_metric(ablated, model.refusal_tokens)
+    for condition in ("ablated", "orthogonalized"):
+        assert (torch.tensor(harmful[condition]["metric"]) - expected).abs().max() < 2e-3
+    assert harmful["base"]["kl"] is None and harmful["ablated"]["kl"] > 0
+    streams = load_file(folder / "streams.safetensors")
+    at = 1 + model.positions.index(run.direction.position)
+    difference = (streams["harmful"].float() - streams["harmless"].float())[run.direction.layer, at]
+    assert (difference - run.direction.vector).abs().max() < 1e-2 * run.direction.vector.abs().max()
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 2e6
+
+
+def test_no_prompt_and_no_harmful_answer_is_in_a_record(recorded):
+    _, run, folder = recorded
+    text = (folder / "results.json").read_text()
+    assert not any(f"{words} {number}" in text for words in WORDS for number in range(len(SETS)))
+    assert all(len(begins.split()) <= make_real.FIRST_WORDS
+               for given in run.answers["harmful"].values() for begins in given.get("begins", []))
+    assert len(json.loads(text)["prompts"]["harmful"]["hashes"]) == 4
+
+
+def test_an_interrupted_record_goes_on(recorded, prompts, monkeypatch):
+    _, run, folder = recorded
+    before = (folder / "results.json").read_bytes()
+    monkeypatch.setattr(make_real, "measured", lambda *args: pytest.fail("measured again"))
+    make_real.record(str(folder.parents[2] / "model"), "tiny", run.weights, prompts, sweep=True)
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_an_equal_shadow_moves_the_stream_as_far_as_erasing_does(llama):
+    x, r, other = torch.randn(3, 5, 32).double(), torch.randn(32).double(), torch.randn(32).double()
+    moved = make_real.EqualShadow(r, other).change(x) - x
+    assert_same(moved.norm(dim=-1), (x @ r / r.norm()).abs())
+    assert_same(torch.nn.functional.cosine_similarity(moved, other[None, None], dim=-1).abs(),
+                torch.ones(3, 5).double())
+
+
+def test_an_equal_shadow_along_r_itself_is_erasing_r(llama):
+    r, prompts = torch.randn(32).double(), WORDS[:3]
+    assert_same(last_logits(llama, prompts, make_real.EqualShadow(r, r)), last_logits(llama, prompts, Ablation(r)))
