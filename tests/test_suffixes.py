@@ -59,6 +59,13 @@ def test_losses_are_those_of_each_prompt_alone(organism, search):
     assert_same(search.losses_of(ids, batch_size=2), expected)
 
 
+def test_random_suffixes_of_a_tokenizer_that_keeps_none(organism, monkeypatch):
+    monkeypatch.setattr(suffixes, "keeps_its_tokens", lambda model, drawn: torch.zeros(len(drawn), dtype=torch.bool))
+    with pytest.raises(ValueError, match="'organism' reads random words back as other tokens"):
+        suffixes.random_suffixes(organism, 2, 5)
+    assert suffixes.random_suffixes(organism, 0, 5) == []
+
+
 def test_gradient_agrees_with_finite_differences(search):
     gradient = suffixes.token_gradient(search.loss, search.embedding, search.ids)
     one_hot = torch.nn.functional.one_hot(search.ids, len(search.embedding)).double()

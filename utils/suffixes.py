@@ -86,12 +86,20 @@ def with_suffix(instructions, suffix):
 
 
 def random_suffixes(model, n, n_tokens, seed=0):
-    """n suffixes of random words, each of as many tokens, for controls -> a list of texts."""
+    """n suffixes of random words, each of as many tokens, for controls -> a list of texts.
+
+    Raises ValueError for a tokenizer that has no plain words, or that reads nearly all such texts as other tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
     words, suffixes = word_tokens(model), []
-    while len(suffixes) < n:
+    for _ in range(1000 * n):
         drawn = words[torch.randint(len(words), (1, n_tokens), generator=generator)]
         suffixes += [model.decode(row) for row in drawn[keeps_its_tokens(model, drawn)]]
+        if len(suffixes) == n:
+            break
+    if len(suffixes) < n:
+        raise ValueError(f"The tokenizer of {model.name!r} reads random words back as other tokens: random suffixes "
+                         "cannot be made for this model.")
     return suffixes
 
 
