@@ -119,7 +119,7 @@ def test_one_wrong_half_solved_the_others_blank_with_a_model_whose_answers_are_n
     assert stays or shown(notebook.cells[1:n_cells + 1]) == shown(solution.cells)
     assert (f"goes on with the organism, not with {random_llama}.\n" in text) == ("load_organism()" in source)
     assert not stays or "ChatModel('organism'" in text
-    searches = "find_direction" in source or "no_finding" in source
+    searches = "find_direction(model" in source or "no_finding" in source
     assert ("no finding" in text) == (searches and not stays)
     assert ("told by a list of phrases" in text) == ("judge_of" in source)
 
