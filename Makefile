@@ -10,7 +10,7 @@ MAKEFLAGS += --keep-going
 
 FAST := style outputs up-to-date units notebooks
 
-.PHONY: help lab test test-all $(FAST) slow blank solutions model suffixes bench benchmark strip clean
+.PHONY: help lab test test-all $(FAST) slow blank solutions model refuser real suffixes bench benchmark strip clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,8 @@ help:
 	@echo "make test-all   the same, and the slow tests"
 	@echo "make solutions  build solutions/ from lessons/ and utils/, and run them"
 	@echo "make model      make the instructions, the tokenizer and the model organism from nothing (half an hour)"
+	@echo "make refuser    teach SmolLM2-135M-Instruct to refuse (half an hour)"
+	@echo "make real       record what a model does under the method: MODEL=folder RUN=name"
 	@echo "make suffixes   search for adversarial suffixes for the organism (half an hour)"
 	@echo "make bench      time the search and the traces: ratios, written to tests/BENCHMARK.md"
 	@echo "make benchmark  compare the search for suffixes to nanogcg's"
@@ -58,6 +60,13 @@ solutions: .venv/dev
 
 model: .venv/course
 	$(BIN)/python data/make_model.py
+
+refuser: .venv/dev
+	$(BIN)/python data/make_refuser.py
+
+# MODEL: a folder, GGUF file or hub id. RUN: a name for the record. OPTIONS: see data/make_real.py.
+real: .venv/dev
+	$(BIN)/python data/make_real.py $(MODEL) --run $(RUN) $(OPTIONS)
 
 suffixes: .venv/course
 	$(BIN)/python data/make_suffixes.py

