@@ -29,7 +29,7 @@ from utils.interventions import Ablation, Addition, generate, last_logits, ortho
 from utils.models import load_model
 from utils.reproduce import Steps, listed_scores
 
-N_PROMPTS = {"train": 256, "val": 64, "test": 100}  # at most, of each side
+N_PROMPTS = {"train": 256, "val": 32, "test": 100}  # at most, of each side
 N_RANDOM, N_GENERATED, N_TOKENS = 20, 5, 24
 FIRST_WORDS = 4
 RUNS = DATA / "real"
