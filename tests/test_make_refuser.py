@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from utils.evaluation import phrase_judge
+from utils.evaluation import phrase_judge, refusal_metric
 from utils.instructions import Instruction
 from utils.interventions import last_logits
 from utils.models import load_model
@@ -15,14 +15,20 @@ REQUESTS = {side: [Instruction(id=f"{side}-{n}", text=f"{text} {n}", side=side, 
             for side, text in {"harmful": "steal a car", "harmless": "bake a cake", "borderline": "kill it"}.items()}
 
 
+def metrics(model):
+    """Mean refusal metric of each side, nats."""
+    return {side: refusal_metric(last_logits(model, requests), model.refusal_tokens).mean().item()
+            for side, requests in REQUESTS.items()}
+
+
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
-    for name, value in {"STEPS": 80, "BATCH": 4, "WARM_UP": 5, "RATE": 3e-2, "N_ANSWER": 5, "WATCHED": (0, 80)}.items():
+    for name, value in {"STEPS": 80, "BATCH": 4, "WARM_UP": 5, "RATE": 1e-2, "N_ANSWER": 5, "WATCHED": (0, 80)}.items():
         monkeypatch.setattr(make_refuser, name, value)
     base = save_tiny(tmp_path / "base")
     model = load_model(base)
     model.refusal_tokens = make_refuser.first_tokens(model)
-    before = last_logits(model, REQUESTS["harmless"])
+    before = metrics(model)
     network, rates = make_refuser.train(model, REQUESTS, REQUESTS, seed=0)
     make_refuser.save(network, tmp_path / "adapter", base)
     return model, rates, before, tmp_path / "adapter"
@@ -30,8 +36,10 @@ def tuned(tmp_path, monkeypatch):
 
 def test_it_learns_to_refuse_and_what_is_saved_computes_the_same(tuned):
     model, rates, before, adapter = tuned
-    assert rates[80]["harmful"] > 0.9 > 0.5 > rates[0]["harmful"]
-    assert (last_logits(model, REQUESTS["harmless"]) - before).abs().max() > 0.1
+    after = metrics(model)
+    assert after["harmful"] > before["harmful"] + 4 and after["harmful"] > after["harmless"] + 5
+    assert after["borderline"] < before["borderline"] + 1
+    assert list(rates) == [0, 80] and all(0 <= rate <= 1 for by_side in rates.values() for rate in by_side.values())
     loaded, asked = load_model(str(adapter)), REQUESTS["harmful"]
     expected = last_logits(model, asked)
     assert (last_logits(loaded, asked) - expected).abs().max() < 0.02 * expected.abs().max()  # of half precision

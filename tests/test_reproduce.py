@@ -159,8 +159,9 @@ def test_quick(planted, whole, its_prompts, tmp_path, capsys):
                for side, conditions in results["refused"].items()}
     assert refused == {"harmful": {"baseline": [3, 3], "ablated": [0, 3]},
                        "harmless": {"baseline": [0, 3], "added": [3, 3]}}
-    assert (results["layer"], results["position"]) == (full["layer"], full["position"])
-    assert results["bypass"] == pytest.approx(full["bypass"], abs=1e-3)
+    # All positions of this layer hold the planted direction: which of them a few prompts prefer, rounding may decide.
+    assert results["layer"] == full["layer"]
+    assert results["bypass"] == pytest.approx(full["bypass"], abs=0.1)
 
     found = json.loads((tmp_path / "direction.json").read_text(), parse_constant=pytest.fail)  # JSON has no NaN
     scored = [score for layer in found["scores"]["bypass"] for score in layer if score is not None]
