@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from utils import DATA
 
@@ -125,6 +132,7 @@ def save_worldly(folder):
                                          num_key_value_heads=4)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    ends = list(range(0, config.vocab_size, 2))  # so that answers are short
+    texts = AutoTokenizer.from_pretrained(organism).batch_decode([[token] for token in range(config.vocab_size)])
+    ends = [token for token, text in enumerate(texts) if text[:1] != " "]  # answers are short, and suffixes keep words
     GenerationConfig(eos_token_id=ends, pad_token_id=config.pad_token_id).save_pretrained(folder)
     return str(folder)
