@@ -19,7 +19,7 @@ from tiny_models import save_tiny, tiny_tokenizer
 from transformers import GenerationConfig
 
 from utils import reproduce, say, write_json
-from utils.candidates import Scorer
+from utils.candidates import AT_A_TIME, Scorer
 from utils.instructions import Instruction
 from utils.models import load_model
 
@@ -161,11 +161,14 @@ def test_quick(planted, whole, its_prompts, tmp_path, capsys):
                        "harmless": {"baseline": [0, 3], "added": [3, 3]}}
     # All positions of this layer hold the planted direction: which of them a few prompts prefer, rounding may decide.
     assert results["layer"] == full["layer"]
-    assert results["bypass"] == pytest.approx(full["bypass"], abs=0.1)
+    assert full["bypass"] - 1e-3 <= results["bypass"] <= full["bypass"] + 0.1
+    swept = json.loads((whole / "direction.json").read_text())["scores"]["bypass"][results["layer"]]
+    assert results["bypass"] == pytest.approx(swept[results["position"]], abs=1e-3)
 
     found = json.loads((tmp_path / "direction.json").read_text(), parse_constant=pytest.fail)  # JSON has no NaN
     scored = [score for layer in found["scores"]["bypass"] for score in layer if score is not None]
-    assert 5 < len(scored) < results["candidates"]  # those at layer 0 change nothing, and keep the unchanged scores
+    # The five at layer 0 change nothing, and keep the unchanged model's scores.
+    assert 5 + AT_A_TIME <= len(scored) < results["candidates"]
     assert (tmp_path / "candidates.png").stat().st_size > 10_000
     assert "other settings (quick)" in sentence_of(capsys, [planted, "--n", "3", "--out", tmp_path])
 

@@ -117,8 +117,10 @@ def test_built_and_run(lesson):
     assert text.endswith("}\n")
 
 
-def test_built_again_with_the_same_bytes(bare):
-    assert built(bare) == built(bare)
+@pytest.mark.parametrize("toy", ["bare", pytest.param("lesson", marks=pytest.mark.slow)])
+def test_built_again_with_the_same_bytes(toy, request):
+    path = request.getfixturevalue(toy)
+    assert built(path) == built(path)
 
 
 @pytest.mark.slow
