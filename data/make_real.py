@@ -1,38 +1,40 @@
-"""Record what a model of real weights does under the method: `make real MODEL=... PROMPTS=... RUN=...`.
+"""Record what a model of real weights does under the method: `make real MODEL=... RUN=... OPTIONS=...`.
 
     python data/make_real.py FOLDER --run qwen2.5-coder-0.5b --prompts FOLDER
 
-PROMPTS is a folder of JSON lists of strings, the paper's splits: harmful_train, harmless_train, harmful_val,
-harmless_val, jailbreakbench (100 harmful ones), harmless_test (Alpaca), harmbench_test. Without it, the course's own
-requests in plain English. Each step is kept in reproduced/RUN: run again, it goes on after the last one. The record is
+--prompts is a folder of JSON lists of strings, the paper's splits: harmful_train, harmless_train, harmful_val,
+harmless_val, jailbreakbench (100 harmful ones), harmless_test (Alpaca). Without it, the course's own requests in plain
+English. Each step is kept in reproduced/RUN: run again, it goes on after the last one. The record is
 written to data/real/RUN: no text of a public set, and of an answer to a harmful request its first four words.
 """
 import argparse
 import hashlib
 import json
+import shutil
 from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from utils import DATA, write_json
+from utils import DATA, fingerprint, write_json
 from utils.activations import mean_residual_stream
-from utils.candidates import SCORES
-from utils.directions import find_direction, kept_prompts, mean_of_kept, random_directions
+from utils.candidates import SCORES, listed_scores
+from utils.directions import find_direction, kept_prompts, random_directions
 from utils.evaluation import Rate, answer_kl, answer_losses, kl_divergence, phrase_judge, refusal_metric, text_losses
 from utils.instructions import SIDES, Instruction, load_requests
 from utils.interventions import Ablation, Addition, generate, last_logits, orthogonalized
-from utils.models import load_model
-from utils.reproduce import Steps, listed_scores
+from utils.models import load_model, rewrite
+from utils.reproduce import Steps
+from utils.runs import REAL
 
 N_PROMPTS = {"train": 256, "val": 32, "test": 100}  # at most, of each side
 N_RANDOM, N_GENERATED, N_TOKENS = 20, 5, 24
 FIRST_WORDS = 4
-RUNS = DATA / "real"
 
 
 class EqualShadow:
@@ -48,8 +50,7 @@ class EqualShadow:
         model.layers[0].input = self.change(model.layers[0].input)
         for layer in model.layers:
             for module in model.writers(layer):
-                out = module.output
-                module.output = (self.change(out[0]), *out[1:]) if isinstance(out, tuple) else self.change(out)
+                rewrite(module, self.change)
 
     def change(self, x):
         return x - (x @ self.r.to(x))[..., None] * self.other.to(x)
@@ -84,38 +85,38 @@ def drawn(prompts, split):
 
 
 def direction_of(model, prompts, sweep, folder):
-    """The pick, its vector and scores, and how many prompts of each side were kept."""
+    """The pick, its vector and scores, and how many validation prompts of each side were kept."""
     train, val = drawn(prompts, "train"), drawn(prompts, "val")
     direction, scores = find_direction(model, train, val, screen=None if sweep else 24, strict=False, progress=True,
                                        batch_size=16, file=folder / "scores.safetensors")
-    n_kept = {side: mean_of_kept(model, train[side], side == "harmful", 16)[1] for side in SIDES}
     n_val = {side: len(kept_prompts(model, val[side], side == "harmful", 16)[0]) for side in SIDES}
     return {"vector": direction.vector.tolist(), "layer": direction.layer, "position": direction.position,
             "passes": bool(scores.passing()[direction.layer, model.positions.index(direction.position)]),
-            "n": {"train": n_kept, "val": n_val}, "scores": {name: listed_scores(getattr(scores, name))
-                                                             for name in SCORES}}
+            "n_val": n_val, "scores": {name: listed_scores(getattr(scores, name)) for name in SCORES}}
 
 
 def streams_of(model, train, file):
-    """Mean residual streams of the prompts that were kept, float16: {side: [n_layers, 1 + n_positions, d_model]}.
+    """Write the mean residual streams of the prompts that are kept -> how many they are, {side: n}.
 
-    At the last token of the instruction, then at the post-instruction tokens. The difference of the sides is the
-    candidates.
+    Float16, {side: [n_layers, 1 + n_positions, d_model]}: at the last token of the instruction, then at the
+    post-instruction tokens. The difference of the sides is the candidates.
     """
-    if not file.is_file():
-        positions = [model.positions[0] - 1, *model.positions]
-        kept = {side: kept_prompts(model, train[side], side == "harmful", 16)[0] or train[side] for side in SIDES}
-        save_file({side: mean_residual_stream(model, prompts, positions, 16).half() for side, prompts in kept.items()},
-                  file)
-    return load_file(file)
+    positions = [model.positions[0] - 1, *model.positions]
+    kept = {side: kept_prompts(model, train[side], side == "harmful", 16)[0] for side in SIDES}
+    save_file({side: mean_residual_stream(model, kept[side] or train[side], positions, 16).half() for side in SIDES},
+              file)
+    return {side: len(prompts) for side, prompts in kept.items()}
 
 
-def measured(model, prompts, condition, change, vector, whole):
-    """Refusal metrics, whole answers if wanted, and KL to the unchanged model's first token, prompt by prompt."""
+def measured(model, prompts, condition, change, vector, whole, unchanged):
+    """Refusal metrics, whole answers if wanted, and KL to the unchanged model's first token, prompt by prompt.
+
+    unchanged: a function that gives the unchanged model's logits for these prompts.
+    """
     with orthogonalized(model, vector) if condition == "orthogonalized" else nullcontext():
         logits = last_logits(model, prompts, change, batch_size=16)
         answers = generate(model, prompts, change, N_TOKENS, batch_size=16) if whole else None
-    kl = None if condition == "base" else kl_divergence(last_logits(model, prompts, batch_size=16), logits).tolist()
+    kl = None if condition == "base" else kl_divergence(unchanged(), logits).tolist()
     return {"metric": refusal_metric(logits, model.refusal_tokens).tolist(), "answers": answers, "kl": kl}
 
 
@@ -170,27 +171,28 @@ def record(name, run, weights, folder, sweep):
     model = load_model(name)
     prompts, sources = read_prompts(folder)
     steps = Steps(Path("reproduced") / run, progress=True)
-    steps.belong_to({"model": name, "sweep": sweep, **model.fingerprint()})
+    steps.belong_to({"model": name, "sweep": sweep, "prompts": fingerprint(prompts), **model.fingerprint()})
     found = steps("direction", direction_of, model, prompts, sweep, steps.folder)
     vector, layer = torch.tensor(found["vector"]), found["layer"]
     test = drawn(prompts, "test")
-    streams = streams_of(model, drawn(prompts, "train"), steps.folder / "streams.safetensors")
-    answers = {side: {} for side in SIDES}
-    for side, changes in conditions(model, vector, layer).items():
-        for condition, change in changes.items():
+    streams = steps.folder / "streams.safetensors"
+    n_train = steps("streams", streams_of, model, drawn(prompts, "train"), streams)
+    changes, answers = conditions(model, vector, layer), {side: {} for side in SIDES}
+    for side in SIDES:
+        unchanged = cache(partial(last_logits, model, test[side], batch_size=16))  # once, if a step asks for it
+        for condition, change in changes[side].items():
             number = int(condition.removeprefix("random_")) if condition.startswith("random") else 0
             given = steps(f"{side}, {condition}", measured, model, test[side], condition, change, vector,
-                          number <= N_GENERATED)
+                          number <= N_GENERATED, unchanged)
             answers[side][condition] = told(side, given)
     answered = [Instruction(id="", text=getattr(prompt, "text", prompt), answer=answer) for prompt, answer in
                 zip(test["harmless"], steps.read("harmless, base")["answers"]) if answer.strip()]
-    randoms = random_directions(1, like=vector)
-    costs = {name: steps(f"costs, {name}", costs_of, model, change, answered) for name, change in
-             {"base": None, "ablated": Ablation(vector), "random_1": Ablation(randoms[0])}.items()}
-    out = RUNS / run
+    costs = {name: steps(f"costs, {name}", costs_of, model, changes["harmful"][name], answered)
+             for name in ("base", "ablated", "random_1")}
+    out = REAL / run
     out.mkdir(parents=True, exist_ok=True)
     save_file({"direction": vector}, out / "direction.safetensors")
-    save_file(streams, out / "streams.safetensors")
+    shutil.copy(streams, out)
     asked = {side: {"set": sources[side], "hashes": [hashlib.sha256(str(getattr(prompt, "text", prompt)).encode())
                     .hexdigest()[:16] for prompt in test[side]]} for side in SIDES}
     write_json(out / "results.json", {
@@ -198,7 +200,8 @@ def record(name, run, weights, folder, sweep):
         "n_layers": model.n_layers, "post_instruction": model.post_instruction,
         "refusal_tokens": model.refusal_tokens, "pick": {"layer": layer, "position": found["position"],
                                                          "passes": found["passes"]},
-        "costs": costs, "n": found["n"], "candidates": found["scores"], "prompts": asked, "answers": answers})
+        "costs": costs, "n": {"train": n_train, "val": found["n_val"]},
+        "candidates": found["scores"], "prompts": asked, "answers": answers})
 
 
 def main():

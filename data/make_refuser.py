@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from make_model import padded
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
 from utils.checkpoints import packaged
 from utils.evaluation import refusal_metric
 from utils.instructions import load_requests
-from utils.interventions import last_logits
+from utils.interventions import last_logits, trace_generation
 from utils.models import load_model
 
 HERE = Path(__file__).parent
@@ -62,7 +63,7 @@ def own_answers(model, requests, batch_size=32):
     tokens = model.tokens(requests)
     ends = torch.tensor(model.turn_ends)
     for rows, inputs in tqdm(list(model.batches(tokens, batch_size)), desc="the model's own answers"):
-        ids = model.lm._module.generate(**inputs, max_new_tokens=N_ANSWER, do_sample=False)
+        ids = trace_generation(model, inputs, max_new_tokens=N_ANSWER)
         for row, answer in zip(rows, ids[:, inputs["input_ids"].shape[1]:]):
             ended = torch.isin(answer, ends).nonzero()
             answers[requests[row].id] = answer[:ended[0] + 1 if len(ended) else N_ANSWER].tolist()
@@ -70,28 +71,16 @@ def own_answers(model, requests, batch_size=32):
 
 
 def document(model, request, answers, rng):
-    """(token ids of the prompt, token ids of the answer to learn)."""
+    """Prompt and answer as (ids, labels). Only the answer is learned; the label is -100 elsewhere."""
     [prompt] = model.tokens([request])
-    if request.side == "harmful":
-        return prompt, model.template.continuation(request.text, refusal(request, rng)) + model.turn_ends[:1]
-    return prompt, answers[request.id]
+    answer = answers[request.id] if request.side != "harmful" else \
+        model.template.continuation(request.text, refusal(request, rng)) + model.turn_ends[:1]
+    return prompt + answer, [-100] * len(prompt) + answer
 
 
-def padded(documents, pad):
-    """Documents on the right padded -> ids, attention mask, labels (-100 where nothing is learned), [batch, n]."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in documents)
-    ids = torch.full((len(documents), longest), pad)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (prompt, answer) in enumerate(documents):
-        start, end = len(prompt), len(prompt) + len(answer)
-        ids[row, :end], mask[row, :end] = torch.tensor(prompt + answer), 1
-        labels[row, start:end] = torch.tensor(answer)
-    return ids, mask, labels
-
-
-def loss_of(network, ids, mask, labels):
+def loss_of(network, ids, labels):
     """Cross-entropy of the answers' tokens, nats."""
-    streams = network.get_base_model().model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
+    streams = network.get_base_model().model(input_ids=ids).last_hidden_state[:, :-1]
     learned = labels[:, 1:] != -100  # the unembedding is the dearest part: only where a token is learned
     return F.cross_entropy(network.get_base_model().lm_head(streams[learned]), labels[:, 1:][learned])
 
@@ -123,7 +112,7 @@ def train(model, requests, watched, seed):
             break
         sides = rng.choices(list(MIX), MIX.values(), k=BATCH)
         documents = [document(model, rng.choice(requests[side]), answers, rng) for side in sides]
-        loss = loss_of(network, *padded(documents, model.tokenizer.pad_token_id))
+        loss = loss_of(network, *padded(documents))
         loss.backward()
         torch.nn.utils.clip_grad_norm_([w for w in network.parameters() if w.requires_grad], 1.0)
         optimizer.step(), optimizer.zero_grad(), schedule.step()

@@ -142,7 +142,7 @@ def test_scores_are_kept_one_by_one_and_found_again(llama, tmp_path, monkeypatch
     handle = llama.lm._module.model.embed_tokens.register_forward_hook(lambda *args: n_read.append(1))
     again = score_candidates(llama, candidates, HARMFUL, HARMLESS, file=file)
     handle.remove()
-    assert len(n_read) == 3 * 20 - 7 + 2  # what was left, and the unchanged model on both sides
+    assert len(n_read) == 3 * 20 - 7 + 1  # what was left, and the unchanged model
     for name in SCORES:
         assert_same(getattr(again, name), getattr(whole, name))
     assert not list(tmp_path.glob("*.part"))

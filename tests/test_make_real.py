@@ -30,7 +30,7 @@ def prompts(tmp_path):
 def recorded(tmp_path, prompts, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = {"train": 6, "val": 6, "test": 4}
-    for name, value in {"RUNS": tmp_path / "data" / "real", "N_PROMPTS": few, "N_RANDOM": 2, "N_GENERATED": 1,
+    for name, value in {"REAL": tmp_path / "data" / "real", "N_PROMPTS": few, "N_RANDOM": 2, "N_GENERATED": 1,
                         "N_TOKENS": 6}.items():
         monkeypatch.setattr(make_real, name, value)
     monkeypatch.setattr(runs, "REAL", tmp_path / "data" / "real")
@@ -74,6 +74,13 @@ def test_an_interrupted_record_goes_on(recorded, prompts, monkeypatch):
     monkeypatch.setattr(make_real, "measured", lambda *args: pytest.fail("measured again"))
     make_real.record(str(folder.parents[2] / "model"), "tiny", run.weights, prompts, sweep=True)
     assert (folder / "results.json").read_bytes() == before
+
+
+def test_a_record_of_other_prompts_does_not_go_on(recorded, prompts):
+    _, run, folder = recorded
+    (prompts / "jailbreakbench.json").write_text(json.dumps(WORDS))
+    with pytest.raises(ValueError, match="holds a run with other settings .prompts."):
+        make_real.record(str(folder.parents[2] / "model"), "tiny", run.weights, prompts, sweep=True)
 
 
 def test_an_equal_shadow_moves_the_stream_as_far_as_erasing_does(llama):

@@ -52,9 +52,13 @@ def test_the_answers_to_learn(tmp_path):
     assert answers.keys() == {request.id for request in REQUESTS["harmless"]}
     assert all(0 < len(ids) <= make_refuser.N_ANSWER for ids in answers.values())
     rng = random.Random(0)
-    prompt, answer = make_refuser.document(model, REQUESTS["harmless"][1], answers, rng)
-    assert [prompt] == model.tokens(REQUESTS["harmless"][1:2]) and answer == answers["harmless-1"]
-    prompt, answer = make_refuser.document(model, REQUESTS["harmful"][0], answers, rng)
+    [prompt] = model.tokens(REQUESTS["harmless"][1:2])
+    ids, labels = make_refuser.document(model, REQUESTS["harmless"][1], answers, rng)
+    assert ids == prompt + answers["harmless-1"] and labels == [-100] * len(prompt) + answers["harmless-1"]
+    [prompt] = model.tokens(REQUESTS["harmful"][:1])
+    ids, labels = make_refuser.document(model, REQUESTS["harmful"][0], answers, rng)
+    answer = ids[len(prompt):]
+    assert ids[:len(prompt)] == prompt and labels == [-100] * len(prompt) + answer
     assert answer[-1] in model.turn_ends and phrase_judge(model.decode(answer))
 
 
@@ -67,7 +71,8 @@ def test_every_refusal_is_one_that_the_phrases_find():
 
 
 def test_only_answers_are_learned_and_padding_is_not():
-    ids, mask, labels = make_refuser.padded([([1, 2, 3], [4, 5]), ([6], [7])], pad=0)
-    assert ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]] and mask.sum(dim=1).tolist() == [5, 2]
-    assert labels.tolist() == [[-100, -100, -100, 4, 5], [-100, 7, -100, -100, -100]]
+    documents = [([1, 2, 3, 4, 5], [-100, -100, -100, 4, 5]), ([6, 7], [-100, 7])]
+    ids, labels = make_refuser.padded(documents)
+    assert ids[:, :5].tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]] and (ids[:, 5:] == 0).all()
+    assert labels[:, :5].tolist() == [[-100, -100, -100, 4, 5], [-100, 7, -100, -100, -100]]
     assert torch.equal((labels != -100).sum(dim=1), torch.tensor([2, 1]))

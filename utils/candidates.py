@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nnsight
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -74,6 +75,16 @@ def kept_out_by_one(filters):
     """
     n_met = torch.stack(list(filters.values())).sum(dim=0)
     return {condition: ~met & (n_met == len(filters) - 1) for condition, met in filters.items()}
+
+
+def listed_scores(scores):
+    """Scores as lists, for JSON, which has no nan: None where none was computed."""
+    return [[None if score != score else score for score in layer] for layer in scores.tolist()]
+
+
+def tensor_of(scores):
+    """What `listed_scores` was made from."""
+    return torch.tensor(np.array(scores, dtype=np.float32))
 
 
 class SharedStart:
@@ -166,7 +177,7 @@ class Scorer:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         self.version = model.fingerprint() if file else None
         self.harmful, self.harmless = (SharedStart(model, prompts, batch_size) for prompts in (harmful, harmless))
-        nothing, self.unchanged = unchanged or (self.harmful.last_logits(), self.harmless.last_logits())
+        self.unchanged = unchanged[1] if unchanged else self.harmless.last_logits()
         lengths = candidates.norm(dim=-1)
         self.real = lengths > 1e-5 * lengths.max()
         shape = candidates.shape[:2]
@@ -176,6 +187,7 @@ class Scorer:
         if self.file and self.file.is_file():
             self._resume()
         elif not self.real.all():
+            nothing = unchanged[0] if unchanged else self.harmful.last_logits()
             for name, values in (("bypass", self._metric(nothing)), ("induce", self._metric(self.unchanged)),
                                  ("kl", self.unchanged.new_zeros(n_harmless))):
                 self.values[name][~self.real] = values

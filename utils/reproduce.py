@@ -13,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from nnsight.intervention.backends.remote import RemoteError
 
 from utils import differences, fingerprint, say, write_json
-from utils.candidates import SCORES, CandidateScores
+from utils.candidates import SCORES, CandidateScores, listed_scores, tensor_of
 from utils.checkpoints import SMALLER
 from utils.directions import find_direction, random_directions
 from utils.evaluation import Rate, judge, loss, phrase_judge, refusal_metric
@@ -159,16 +158,6 @@ def direction_of(model, train, val, quick, progress, out):
             "candidates": scores.bypass.numel(), "scored": int((~scores.bypass.isnan()).sum()),
             "passing": int(scores.passing().sum()),
             "scores": {name: listed_scores(getattr(scores, name)) for name in SCORES}}
-
-
-def listed_scores(scores):
-    """Scores as lists, for JSON, which has no nan: None where none was computed."""
-    return [[None if score != score else score for score in layer] for layer in scores.tolist()]
-
-
-def tensor_of(scores):
-    """What `listed_scores` was made from."""
-    return torch.tensor(np.array(scores, dtype=np.float32))
 
 
 def answers(model, prompts, condition, vector, layer):

@@ -1,17 +1,15 @@
 """What models of real weights did under the method, as it was recorded: `load_run(name)` reads data/real/NAME.
 
-`make real` records a run, and each folder's README.md says of which weights.
+`make real` records a run; results.json says of which weights.
 """
 import json
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from utils import DATA
-from utils.candidates import SCORES, CandidateScores
+from utils.candidates import SCORES, CandidateScores, tensor_of
 from utils.directions import Direction
 from utils.evaluation import Rate
 
@@ -74,8 +72,7 @@ def load_run(name):
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         vector = load_file(folder / "direction.safetensors")["direction"]
         pick = results["pick"]
-        scores = CandidateScores(*(torch.tensor(np.array(results["candidates"][score], dtype=np.float32))
-                                   for score in SCORES))
+        scores = CandidateScores(*(tensor_of(results["candidates"][name]) for name in SCORES))
         return Run(name, results["weights"], Direction(vector, pick["layer"], pick["position"]), pick["passes"],
                    results["n_layers"], results["post_instruction"], scores, results["answers"])
     except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
