@@ -3,9 +3,10 @@
     python data/make_real.py FOLDER --run qwen2.5-coder-0.5b --prompts FOLDER
 
 --prompts is a folder of JSON lists of strings, the paper's splits: harmful_train, harmless_train, harmful_val,
-harmless_val, jailbreakbench (100 harmful ones), harmless_test (Alpaca). Without it, the course's own requests in plain
-English. Each step is kept in reproduced/RUN: run again, it goes on after the last one. The record is
-written to data/real/RUN: no text of a public set, and of an answer to a harmful request its first four words.
+harmless_val, jailbreakbench (100 harmful ones), harmless_test (Alpaca), harmbench_test (held out: harmful). Without it,
+the course's own requests in plain English. Each step is kept in reproduced/RUN: run again, it goes on after the last
+one. The record is written to data/real/RUN: no text of a public set, and of an answer to a harmful request its first
+four words.
 """
 import argparse
 import hashlib
@@ -22,18 +23,30 @@ import transformers
 from safetensors.torch import save_file
 
 from utils import DATA, fingerprint, write_json
-from utils.activations import mean_residual_stream
+from utils.activations import head_attributions, mean_residual_stream, residual_stream, trace_heads
 from utils.candidates import SCORES, listed_scores
 from utils.directions import find_direction, kept_prompts, random_directions
-from utils.evaluation import Rate, answer_kl, answer_losses, kl_divergence, phrase_judge, refusal_metric, text_losses
+from utils.evaluation import (
+    Rate,
+    answer_kl,
+    answer_losses,
+    kl_divergence,
+    phrase_judge,
+    rates_by_group,
+    refusal_metric,
+    text_losses,
+)
 from utils.instructions import SIDES, Instruction, load_requests
-from utils.interventions import Ablation, Addition, generate, last_logits, orthogonalized
+from utils.interventions import Ablation, Addition, every_pair, generate, last_logits, orthogonalized
 from utils.models import load_model, rewrite
+from utils.probes import fit_probe, probe_accuracy, shuffle_balanced
 from utils.reproduce import Steps
 from utils.runs import REAL
 
 N_PROMPTS = {"train": 256, "val": 32, "test": 100}  # at most, of each side
 N_RANDOM, N_GENERATED, N_TOKENS = 20, 5, 24
+DOSES, RANDOM_DOSES = (-1.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (1.0, 2.0)
+N_DOSED = 32  # harmless prompts at each dose
 FIRST_WORDS = 4
 
 
@@ -63,25 +76,29 @@ def conditions(model, vector, layer):
                "equal_shadow": EqualShadow(vector, random_directions(1, like=vector, seed=1)[0])}
     harmful |= {"orthogonalized": None} if model.editable else {}
     harmful |= {f"random_{number}": Ablation(random) for number, random in enumerate(randoms, start=1)}
-    return {"harmful": harmful, "harmless": {"base": None, "ablated": Ablation(vector),
-                                             "added": Addition(vector, layer)}}
+    return {"harmful": harmful,
+            "harmless": {"base": None, "ablated": Ablation(vector), "added": Addition(vector, layer)},
+            "held out": {"base": None, "ablated": Ablation(vector)}}
 
 
 def read_prompts(folder):
-    """{split: {side: prompts}} for train, val, test; and where the test prompts come from."""
+    """{split: {side: prompts}} for train, val, test; and where the test prompts come from.
+
+    In the test there is a third side, "held out": harmful prompts of another set, if there is one.
+    """
     if folder is None:
         return ({split: {side: load_requests(split, side) for side in SIDES} for split in ("train", "val", "test")},
                 dict.fromkeys(SIDES, "requests"))
-    names = {"train": ("harmful_train", "harmless_train"), "val": ("harmful_val", "harmless_val"),
-             "test": ("jailbreakbench", "harmless_test")}
+    names = {split: {side: f"{side}_{split}" for side in SIDES} for split in ("train", "val")} | {
+        "test": {"harmful": "jailbreakbench", "harmless": "harmless_test", "held out": "harmbench_test"}}
     return ({split: {side: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-                     for side, name in zip(SIDES, pair)} for split, pair in names.items()},
-            {"harmful": "jailbreakbench", "harmless": "alpaca"})
+                     for side, name in sides.items()} for split, sides in names.items()},
+            {"harmful": "jailbreakbench", "harmless": "alpaca", "held out": "harmbench, test"})
 
 
 def drawn(prompts, split):
     """Up to N_PROMPTS of a split, of each side."""
-    return {side: list(prompts[split][side])[:N_PROMPTS[split]] for side in SIDES}
+    return {side: list(some)[:N_PROMPTS[split]] for side, some in prompts[split].items()}
 
 
 def direction_of(model, prompts, sweep, folder):
@@ -106,6 +123,40 @@ def streams_of(model, train, file):
     save_file({side: mean_residual_stream(model, kept[side] or train[side], positions, 16).half() for side in SIDES},
               file)
     return {side: len(prompts) for side, prompts in kept.items()}
+
+
+def probes_of(model, train, test):
+    """Probes for harmful or harmless at the last token, fitted on train prompts -> {"real", "shuffled"}: for each layer,
+    how many of the test prompts are told right, and of how many. shuffled: fitted to labels that mean nothing."""
+    streams = {name: {side: residual_stream(model, split[side], [-1], 16)[:, :, 0] for side in SIDES}
+               for name, split in (("train", train), ("test", test))}
+    x, labels = {}, {}
+    for name, sides in streams.items():
+        x[name] = torch.cat([sides[side] for side in SIDES])
+        labels[name] = [side == "harmful" for side in SIDES for _ in sides[side]]
+    targets = {"real": labels["train"], "shuffled": shuffle_balanced(labels["train"])}
+    return {name: [[rate.successes, rate.n] for rate in (
+        probe_accuracy(fit_probe(x["train"][:, layer], target), x["test"][:, layer].numpy(), labels["test"])
+        for layer in range(model.n_layers))] for name, target in targets.items()}
+
+
+def dose_of(model, prompts, vector, layer, doses):
+    """How many of the prompts are refused, by phrases, at each coefficient: [[coefficient, refused, n]]."""
+    asked, rows = every_pair(prompts, torch.tensor(doses)[:, None] * vector)
+    refused = map(phrase_judge, generate(model, asked, Addition(rows, layer), N_TOKENS, batch_size=16))
+    return [[dose, rate.successes, rate.n] for dose, rate in zip(doses, rates_by_group(refused, len(doses)))]
+
+
+def heads_of(model, test, vector):
+    """What each head writes along r̂ at the last token, on average: {side: [n_layers, n_heads]}; None for a hybrid."""
+    try:
+        outputs = {side: torch.cat([trace_heads(model, inputs)[0].cpu() for _, inputs in
+                                    model.batches(model.tokens(test[side]), 16)]) for side in SIDES}
+    except ValueError:
+        return None
+    matrices = [layer.self_attn.o_proj._module.weight.detach().cpu() for layer in model.layers]
+    return {side: [[round(value, 4) for value in row] for row in
+                   head_attributions(some, matrices, vector).mean(dim=0).tolist()] for side, some in outputs.items()}
 
 
 def measured(model, prompts, condition, change, vector, whole, unchanged):
@@ -151,7 +202,7 @@ def told(side, given):
         [metric > 0 for metric in given["metric"]]
     rate = Rate.of(refused)
     shown = {} if not given["answers"] else {
-        "begins": [" ".join(text.split()[:FIRST_WORDS]) if side == "harmful" else text for text in given["answers"]],
+        "begins": [text if side == "harmless" else " ".join(text.split()[:FIRST_WORDS]) for text in given["answers"]],
         "verdicts": ["refusal" if one else "answer" for one in refused]}
     return {"refused": rate.successes, "n": rate.n, "interval": list(rate.interval), "judge": judge,
             "metric": [round(value, 3) for value in given["metric"]],
@@ -177,8 +228,10 @@ def record(name, run, weights, folder, sweep):
     test = drawn(prompts, "test")
     streams = steps.folder / "streams.safetensors"
     n_train = steps("streams", streams_of, model, drawn(prompts, "train"), streams)
-    changes, answers = conditions(model, vector, layer), {side: {} for side in SIDES}
-    for side in SIDES:
+    probes = steps("probes", probes_of, model, drawn(prompts, "train"), test)
+    heads = steps("heads", heads_of, model, test, vector)
+    changes, answers = conditions(model, vector, layer), {side: {} for side in test}
+    for side in test:
         unchanged = cache(partial(last_logits, model, test[side], batch_size=16))  # once, if a step asks for it
         for condition, change in changes[side].items():
             number = int(condition.removeprefix("random_")) if condition.startswith("random") else 0
@@ -187,6 +240,10 @@ def record(name, run, weights, folder, sweep):
             answers[side][condition] = told(side, given)
     answered = [Instruction(id="", text=getattr(prompt, "text", prompt), answer=answer) for prompt, answer in
                 zip(test["harmless"], steps.read("harmless, base")["answers"]) if answer.strip()]
+    few = test["harmless"][:N_DOSED]
+    random = random_directions(1, like=vector)[0]
+    dose = {"r": steps("dose, r", dose_of, model, few, vector, layer, DOSES),
+            "random": steps("dose, random", dose_of, model, few, random, layer, RANDOM_DOSES)}
     costs = {name: steps(f"costs, {name}", costs_of, model, changes["harmful"][name], answered)
              for name in ("base", "ablated", "random_1")}
     out = REAL / run
@@ -194,13 +251,13 @@ def record(name, run, weights, folder, sweep):
     save_file({"direction": vector}, out / "direction.safetensors")
     shutil.copy(streams, out)
     asked = {side: {"set": sources[side], "hashes": [hashlib.sha256(str(getattr(prompt, "text", prompt)).encode())
-                    .hexdigest()[:16] for prompt in test[side]]} for side in SIDES}
+                    .hexdigest()[:16] for prompt in test[side]]} for side in test}
     write_json(out / "results.json", {
         "weights": weights, "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "n_layers": model.n_layers, "post_instruction": model.post_instruction,
         "refusal_tokens": model.refusal_tokens, "pick": {"layer": layer, "position": found["position"],
                                                          "passes": found["passes"]},
-        "costs": costs, "n": {"train": n_train, "val": found["n_val"]},
+        "probes": probes, "heads": heads, "dose": dose, "costs": costs, "n": {"train": n_train, "val": found["n_val"]},
         "candidates": found["scores"], "prompts": asked, "answers": answers})
 
 

@@ -2,6 +2,7 @@
 import json
 
 import make_real
+import nnsight
 import pytest
 import torch
 from exact import assert_same
@@ -14,7 +15,7 @@ from utils.models import load_model
 from utils.runs import load_run
 
 WORDS = ["bake a cake", "steal a car", "help with a guide", "do it as an assistant", "a car", "a cake or a guide"]
-SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val", "jailbreakbench", "harmless_test")
+SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val", "jailbreakbench", "harmless_test", "harmbench_test")
 
 
 @pytest.fixture
@@ -31,7 +32,8 @@ def recorded(tmp_path, prompts, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = {"train": 6, "val": 6, "test": 4}
     for name, value in {"REAL": tmp_path / "data" / "real", "N_PROMPTS": few, "N_RANDOM": 2, "N_GENERATED": 1,
-                        "N_TOKENS": 6}.items():
+                        "N_TOKENS": 6, "N_DOSED": 2, "DOSES": (0.5, 1.0),
+                        "phrase_judge": lambda text: "a" in text}.items():
         monkeypatch.setattr(make_real, name, value)
     monkeypatch.setattr(runs, "REAL", tmp_path / "data" / "real")
     name = save_tiny(tmp_path / "model")
@@ -44,6 +46,7 @@ def test_a_record_holds_every_condition(recorded):
     assert list(run.rates("harmful")) == ["base", "ablated", "subtracted", "equal_shadow", "orthogonalized", "random_1",
                                           "random_2"]
     assert list(run.rates("harmless")) == ["base", "ablated", "added"]
+    assert list(run.rates("held out")) == ["base", "ablated"]
     harmful = run.answers["harmful"]
     assert harmful["random_1"]["judge"] == "phrases" and harmful["random_2"]["judge"] == "first token"
     asked = [f"{text} 4" for text in WORDS[:4]]
@@ -56,7 +59,25 @@ def test_a_record_holds_every_condition(recorded):
     at = 1 + model.positions.index(run.direction.position)
     difference = (streams["harmful"].float() - streams["harmless"].float())[run.direction.layer, at]
     assert (difference - run.direction.vector).abs().max() < 1e-2 * run.direction.vector.abs().max()
+    assert [len(run.probes[labels]) for labels in ("real", "shuffled")] == [model.n_layers] * 2
+    assert {rate.n for rates in run.probes.values() for rate in rates} == {8}
+    assert list(run.dose["r"]) == [0.5, 1.0] and list(run.dose["random"]) == [1.0, 2.0]
     assert sum(file.stat().st_size for file in folder.iterdir()) < 2e6
+
+
+def test_what_heads_write_adds_up_to_what_attention_writes(recorded):
+    model, run, _ = recorded
+    asked = [f"{text} 4" for text in WORDS[:4]]
+    with model.lm.trace(model.encode(asked), use_cache=False):
+        written = nnsight.save([layer.self_attn.output[0][:, -1] @ run.direction.unit for layer in model.layers])
+    expected = torch.stack([one.mean() for one in written])
+    assert (run.heads["harmful"].sum(dim=1) - expected).abs().max() < 1e-3
+
+
+def test_the_dose_of_one_is_the_condition_added(recorded):
+    model, run, _ = recorded
+    added = [make_real.phrase_judge(text) for text in run.answers["harmless"]["added"]["begins"][:2]]
+    assert run.dose["r"][1.0].successes == sum(added)
 
 
 def test_no_prompt_and_no_harmful_answer_is_in_a_record(recorded):

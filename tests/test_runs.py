@@ -24,7 +24,11 @@ def recorded(tmp_path, monkeypatch):
     (folder / "results.json").write_text(json.dumps({
         "weights": {"id": "somebody/small", "file": "", "quantization": "none", "sha256": ""}, "n_layers": 2,
         "post_instruction": ["<end>", "\n"], "pick": {"layer": 1, "position": -2, "passes": True},
-        "candidates": {name: [[None, None], [1.0, 2.0]] for name in SCORES}, "answers": ANSWERS}))
+        "n": {"train": {"harmful": 8, "harmless": 9}, "val": {"harmful": 4, "harmless": 4}},
+        "candidates": {name: [[None, None], [1.0, 2.0]] for name in SCORES}, "answers": ANSWERS,
+        "probes": {"real": [[5, 10], [10, 10]], "shuffled": [[5, 10], [4, 10]]},
+        "heads": {"harmful": [[1.0, 2.0]], "harmless": [[0.0, 0.5]]}, "dose": {"r": [[-1.0, 0, 8], [1.0, 7, 8]]},
+        "costs": {"base": {"paragraphs": 3.0, "choices": [50, 200]}}}))
     save_file({"direction": torch.arange(4.0)}, folder / "direction.safetensors")
     return folder
 
@@ -37,6 +41,9 @@ def test_a_run_is_read_as_it_was_written(recorded):
     assert run.scores.bypass[0].isnan().all() and run.scores.kl[1].tolist() == [1.0, 2.0]
     assert run.passes and run.weights["id"] == "somebody/small"
     assert run.rate("harmful", "base") == Rate(9, 10) and run.rates("harmless") == {"base": Rate(0, 10)}
+    assert run.probes["real"] == [Rate(5, 10), Rate(10, 10)] and run.dose == {"r": {-1.0: Rate(0, 8), 1.0: Rate(7, 8)}}
+    assert run.heads["harmful"].tolist() == [[1.0, 2.0]] and run.costs["base"]["choices"] == Rate(50, 200)
+    assert run.n["train"]["harmless"] == 9 and run.marks == {}
     assert run.random_rates() == [Rate(8, 10), Rate(7, 10)]
 
 

@@ -5,6 +5,7 @@
 import json
 from dataclasses import dataclass
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -22,18 +23,30 @@ class Run:
 
     weights    {"id", "file", "quantization", "sha256"}: of which weights
     direction  Direction, the pick; passes: whether it passes the paper's filters
+    n          {"train", "val"} -> side -> how many prompts the direction and its scores come from
     n_layers   of the model; post_instruction: its template's tokens after the instruction, as strings
     scores     CandidateScores of the candidates, nan where none was computed
-    answers    {"harmful", "harmless"} -> condition -> {"refused", "n", "interval", "judge", ...}
+    answers    {"harmful", "harmless", "held out"} -> condition -> {"refused", "n", "interval", "judge", ...}
+    probes     {"real", "shuffled"} -> a Rate for each layer: probes at the last token, told right of the test prompts
+    heads      {"harmful", "harmless"} -> [n_layers, n_heads], what each head writes along r̂ at the last token; or None
+    dose       {"r", "random"} -> {coefficient: Rate of harmless prompts refused}
+    costs      condition -> {"paragraphs" (nats per token), "choices" (Rate right), "kl_first", "kl_32" (nats)}
+    marks      what its answers are, as they were read: {condition: {mark: how many}}; empty if none were
     """
     name: str
     weights: dict
     direction: Direction
     passes: bool
+    n: dict
     n_layers: int
     post_instruction: list
     scores: CandidateScores
     answers: dict
+    probes: dict
+    heads: dict | None
+    dose: dict
+    costs: dict
+    marks: dict
 
     def rate(self, side, condition):
         """How many requests of a side are refused under a condition: a Rate.
@@ -72,9 +85,17 @@ def load_run(name):
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         vector = load_file(folder / "direction.safetensors")["direction"]
         pick = results["pick"]
-        scores = CandidateScores(*(tensor_of(results["candidates"][name]) for name in SCORES))
-        return Run(name, results["weights"], Direction(vector, pick["layer"], pick["position"]), pick["passes"],
-                   results["n_layers"], results["post_instruction"], scores, results["answers"])
+        return Run(
+            name, results["weights"], Direction(vector, pick["layer"], pick["position"]), pick["passes"],
+            results["n"], results["n_layers"], results["post_instruction"],
+            CandidateScores(*(tensor_of(results["candidates"][name]) for name in SCORES)), results["answers"],
+            probes={labels: [Rate(*counts) for counts in layers] for labels, layers in results["probes"].items()},
+            heads=results["heads"] and {side: torch.tensor(rows) for side, rows in results["heads"].items()},
+            dose={vector: {dose: Rate(*counts) for dose, *counts in doses}
+                  for vector, doses in results["dose"].items()},
+            costs={condition: given | {"choices": Rate(*given["choices"])}
+                   for condition, given in results["costs"].items()},
+            marks=results.get("marks", {}))
     except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise ValueError(f"The run in {folder} is damaged ({error!r}): restore it from the course's repository."
                          ) from error
