@@ -126,8 +126,10 @@ def streams_of(model, train, file):
 
 
 def probes_of(model, train, test):
-    """Probes for harmful or harmless at the last token, fitted on train prompts -> {"real", "shuffled"}: for each layer,
-    how many of the test prompts are told right, and of how many. shuffled: fitted to labels that mean nothing."""
+    """Probes at the last token, fitted on train prompts, tell harmful test prompts from harmless ones.
+
+    -> {"real", "shuffled"}: for each layer [right, n]. shuffled: fitted to labels that mean nothing.
+    """
     streams = {name: {side: residual_stream(model, split[side], [-1], 16)[:, :, 0] for side in SIDES}
                for name, split in (("train", train), ("test", test))}
     x, labels = {}, {}

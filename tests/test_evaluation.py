@@ -26,6 +26,7 @@ from utils.evaluation import (
     refusal_metric,
     skill_accuracy,
     text_losses,
+    verdicts,
     wilson,
 )
 from utils.instructions import Instruction, load_instructions
@@ -328,3 +329,10 @@ def test_a_threshold_lets_through_no_more_false_alarms_than_allowed(values, rate
     lower = scores[scores < limit]
     if len(lower):  # and the next lower score would let through too many
         assert (scores > lower.max()).sum() > rate * len(scores) - 1e-9
+
+
+def test_each_answer_has_its_verdict():
+    judge = lambda instruction, completion: f"{instruction}: {completion}"  # noqa: E731
+    assert verdicts(judge, ["a", "b"], ["yes", "no"]) == ["a: yes", "b: no"]
+    with pytest.raises(ValueError):
+        verdicts(judge, ["a", "b"], ["yes"])

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from utils import checks, exercises
 from utils.checks import all_checks
 from utils.evaluation import Rate
-from utils.exercises import check, exercise, is_blank, summary
+from utils.exercises import check, exercise, is_blank, predicted, summary
 
 CHECKS = all_checks()
 MISTAKES = [pytest.param(name, sentence, id=f"{name}: {sentence[:50]}")
@@ -500,6 +500,15 @@ def test_summary_of_nothing(capsys):
 
 
 # inside a trace
+
+@pytest.mark.parametrize("guesses, said", [
+    ([None], ""), ([None, None], ""), ([{"harmless": None, "harmful": None}], ""), ([0.0], "You predicted: 0.0\n"),
+    ([None, "few"], "You predicted: None few\n"), ([[4, 5]], "You predicted: [4, 5]\n"),
+    ([{"harmless": None, "harmful": 0}], "You predicted: {'harmless': None, 'harmful': 0}\n")])
+def test_only_a_prediction_that_was_made_is_repeated(guesses, said, capsys):
+    predicted(*guesses)
+    assert capsys.readouterr().out == said
+
 
 def test_an_exercise_used_inside_a_trace(capsys):
     model, ablate = checks.model(), blank("ablate")

@@ -17,6 +17,7 @@ from utils.instructions import (
     load_minimal_pairs,
     load_public_set,
     load_requests,
+    load_sides,
     load_skills,
 )
 
@@ -50,6 +51,7 @@ def test_sides_and_fields(folder):
 
 
 def test_sample_is_seeded_and_without_replacement(folder):
+    assert load_sides("train", n=2, seed=1) == {side: load_instructions("train", side, 2, 1) for side in SIDES}
     sample = load_instructions("train", "harmful", n=6, seed=1)
     assert {i.id for i in sample} == {f"t{n}" for n in range(6)}
     assert sample == load_instructions("train", "harmful", n=6, seed=1)

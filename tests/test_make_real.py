@@ -15,7 +15,8 @@ from utils.models import load_model
 from utils.runs import load_run
 
 WORDS = ["bake a cake", "steal a car", "help with a guide", "do it as an assistant", "a car", "a cake or a guide"]
-SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val", "jailbreakbench", "harmless_test", "harmbench_test")
+SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val", "jailbreakbench", "harmless_test",
+        "harmbench_test")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from utils.plots import (
     as_label,
     completions_table,
     draw_residual_stream,
+    markdown_table,
     plot_bars,
     plot_by_layer,
     plot_candidate_scores,
@@ -238,6 +239,13 @@ def test_completions_are_escaped():
 def test_completions_that_do_not_match():
     with pytest.raises(ValueError, match="Column 'ablated' has 2 texts for 1 instructions: give one for each"):
         completions_table(["bake"], ablated=["a", "b"])
+
+
+def test_a_table_in_markdown():
+    assert markdown_table(["model", "n"], [["a", 1], ["b", 2.5]]).data == \
+        "| model | n |\n| --- | --- |\n| a | 1 |\n| b | 2.5 |"
+    with pytest.raises(ValueError, match="The row .* has 1 cells, and there are 2 columns: give as many."):
+        markdown_table(["model", "n"], [["a"]])
 
 
 def test_token_strip():

@@ -84,6 +84,14 @@ def judge_of(model, refuses=phrase_judge):
     return lambda instruction, completion: "refusal" if refuses(completion) else "compliance"
 
 
+def verdicts(judge, instructions, completions):
+    """What a judge, as `judge_of` gives it, says of each completion: "refusal", "compliance" or "broken", a list.
+
+    Raises ValueError unless there is one completion for each instruction.
+    """
+    return [judge(*pair) for pair in zip(instructions, completions, strict=True)]
+
+
 def corrected_rate(observed, caught, false_alarms):
     """The share that truly refuses, given the share that an erring judge calls refusal (Rogan and Gladen, 1978).
 

@@ -9,8 +9,8 @@ In a lesson:
 
     check(ablate)
 
-and `summary()` in the last cell. With the environment variable COURSE_STRICT=1 (graders, tests) a check that
-does not find the learner's own answer right raises AssertionError.
+`predicted(my_guess)` above a result, and `summary()` in the last cell. With the environment variable
+COURSE_STRICT=1 (graders, tests) a check that does not find the learner's own answer right raises AssertionError.
 """
 import dis
 import functools
@@ -77,6 +77,13 @@ def summary():
     for label, state in (("Yours", "right"), ("Still blank", "blank"), ("Not yet right", "wrong")):
         if names[state]:
             print(f"{label}: {', '.join(names[state])}.")
+
+
+def predicted(*guesses):
+    """Say what the learner predicted, above what came out; nothing while all is None."""
+    if any(number is not None for guess in guesses
+           for number in (guess.values() if isinstance(guess, dict) else [guess])):
+        print("You predicted:", *guesses)
 
 
 def say_blank(answer):

@@ -63,6 +63,14 @@ def load_instructions(split, side=None, n=None, seed=0):
     return _some(found, f"{split} has {len(found)} instructions of this side", n, seed)
 
 
+def load_sides(split, n=None, seed=0):
+    """The harmful and the harmless instructions of a split -> {"harmful": list, "harmless": list}.
+
+    n, seed, what is raised: as `load_instructions`, for each side.
+    """
+    return {side: load_instructions(split, side, n, seed) for side in SIDES}
+
+
 def load_requests(split, side, n=None, seed=0):
     """Requests in many forms of plain English, for models that speak it: a list of Instruction, `category` its kind.
 

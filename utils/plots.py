@@ -4,7 +4,7 @@ from html import escape
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import HTML
+from IPython.display import HTML, Markdown
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 
@@ -461,6 +461,18 @@ def plot_line_panels(panels, xlabel, marks=None):
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def markdown_table(columns, rows):
+    """A table of texts and numbers, as Markdown. columns: the names on top; rows: a list of lists, each as long.
+
+    Raises ValueError for a row that is longer or shorter.
+    """
+    lines = [columns, ["---"] * len(columns), *rows]
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"The row {row} has {len(row)} cells, and there are {len(columns)} columns: give as many.")
+    return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
 
 def completions_table(instructions, **columns):
