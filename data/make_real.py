@@ -227,40 +227,61 @@ def record(name, run, weights, folder, sweep):
     steps.belong_to({"model": name, "sweep": sweep, "prompts": fingerprint(prompts), **model.fingerprint()})
     found = steps("direction", direction_of, model, prompts, sweep, steps.folder)
     vector, layer = torch.tensor(found["vector"]), found["layer"]
-    test = drawn(prompts, "test")
+    train, test = drawn(prompts, "train"), drawn(prompts, "test")
     streams = steps.folder / "streams.safetensors"
-    n_train = steps("streams", streams_of, model, drawn(prompts, "train"), streams)
-    probes = steps("probes", probes_of, model, drawn(prompts, "train"), test)
-    heads = steps("heads", heads_of, model, test, vector)
-    changes, answers = conditions(model, vector, layer), {side: {} for side in test}
-    for side in test:
-        unchanged = cache(partial(last_logits, model, test[side], batch_size=16))  # once, if a step asks for it
-        for condition, change in changes[side].items():
-            number = int(condition.removeprefix("random_")) if condition.startswith("random") else 0
-            given = steps(f"{side}, {condition}", measured, model, test[side], condition, change, vector,
-                          number <= N_GENERATED, unchanged)
-            answers[side][condition] = told(side, given)
-    answered = [Instruction(id="", text=getattr(prompt, "text", prompt), answer=answer) for prompt, answer in
-                zip(test["harmless"], steps.read("harmless, base")["answers"]) if answer.strip()]
-    few = test["harmless"][:N_DOSED]
-    random = random_directions(1, like=vector)[0]
-    dose = {"r": steps("dose, r", dose_of, model, few, vector, layer, DOSES),
-            "random": steps("dose, random", dose_of, model, few, random, layer, RANDOM_DOSES)}
-    costs = {name: steps(f"costs, {name}", costs_of, model, changes["harmful"][name], answered)
-             for name in ("base", "ablated", "random_1")}
+    n_train = steps("streams", streams_of, model, train, streams)
+    results = {
+        "weights": weights, "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "n_layers": model.n_layers, "post_instruction": model.post_instruction,
+        "refusal_tokens": model.refusal_tokens,
+        "pick": {"layer": layer, "position": found["position"], "passes": found["passes"]},
+        "n": {"train": n_train, "val": found["n_val"]}, "candidates": found["scores"],
+        "probes": steps("probes", probes_of, model, train, test),
+        "heads": steps("heads", heads_of, model, test, vector),
+        "answers": answers_of(steps, model, test, vector, layer),
+        "dose": doses_of(steps, model, test["harmless"][:N_DOSED], vector, layer),
+        "costs": all_costs(steps, model, test["harmless"], vector),
+        "prompts": {side: {"set": sources[side], "hashes": list(map(hashed, test[side]))} for side in test}}
     out = REAL / run
     out.mkdir(parents=True, exist_ok=True)
     save_file({"direction": vector}, out / "direction.safetensors")
     shutil.copy(streams, out)
-    asked = {side: {"set": sources[side], "hashes": [hashlib.sha256(str(getattr(prompt, "text", prompt)).encode())
-                    .hexdigest()[:16] for prompt in test[side]]} for side in test}
-    write_json(out / "results.json", {
-        "weights": weights, "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "n_layers": model.n_layers, "post_instruction": model.post_instruction,
-        "refusal_tokens": model.refusal_tokens, "pick": {"layer": layer, "position": found["position"],
-                                                         "passes": found["passes"]},
-        "probes": probes, "heads": heads, "dose": dose, "costs": costs, "n": {"train": n_train, "val": found["n_val"]},
-        "candidates": found["scores"], "prompts": asked, "answers": answers})
+    write_json(out / "results.json", results)
+
+
+def answers_of(steps, model, test, vector, layer):
+    """What the record says of each condition: {side: {condition: ...}}, as `told` gives it."""
+    answers = {side: {} for side in test}
+    for side, changes in conditions(model, vector, layer).items():
+        if side not in test:
+            continue
+        unchanged = cache(partial(last_logits, model, test[side], batch_size=16))  # once, if a step asks for it
+        for condition, change in changes.items():
+            number = int(condition.removeprefix("random_")) if condition.startswith("random") else 0
+            answers[side][condition] = told(side, steps(f"{side}, {condition}", measured, model, test[side], condition,
+                                                        change, vector, number <= N_GENERATED, unchanged))
+    return answers
+
+
+def doses_of(steps, model, prompts, vector, layer):
+    """As `dose_of`, for r and for a random direction as long: {"r", "random"}."""
+    random = random_directions(1, like=vector)[0]
+    return {"r": steps("dose, r", dose_of, model, prompts, vector, layer, DOSES),
+            "random": steps("dose, random", dose_of, model, prompts, random, layer, RANDOM_DOSES)}
+
+
+def all_costs(steps, model, prompts, vector):
+    """As `costs_of`, for the unchanged model, with r erased, and with a random direction erased."""
+    answers = steps.read("harmless, base")["answers"]
+    answered = [Instruction(id="", text=getattr(prompt, "text", prompt), answer=answer)
+                for prompt, answer in zip(prompts, answers) if answer.strip()]
+    changes = {"base": None, "ablated": Ablation(vector), "random_1": Ablation(random_directions(1, like=vector)[0])}
+    return {name: steps(f"costs, {name}", costs_of, model, change, answered) for name, change in changes.items()}
+
+
+def hashed(prompt):
+    """What the record keeps of a prompt."""
+    return hashlib.sha256(getattr(prompt, "text", prompt).encode()).hexdigest()[:16]
 
 
 def main():

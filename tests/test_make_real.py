@@ -1,7 +1,9 @@
 """What is recorded of real weights: each condition is what it says, and no text of a public set is kept."""
 import json
+import shutil
 
 import make_real
+import mark_answers
 import nnsight
 import pytest
 import torch
@@ -19,27 +21,35 @@ SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val", "jailb
         "harmbench_test")
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    folder = tmp_path / "sets"
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where the record is made, once for all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.chdir(folder)
+        few = {"train": 6, "val": 6, "test": 4}
+        for name, value in {"REAL": folder / "data" / "real", "N_PROMPTS": few, "N_RANDOM": 2, "N_GENERATED": 1,
+                            "N_TOKENS": 6, "N_DOSED": 2, "DOSES": (0.5, 1.0),
+                            "phrase_judge": lambda text: "a" in text}.items():
+            patch.setattr(make_real, name, value)
+        patch.setattr(runs, "REAL", folder / "data" / "real")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def prompts(home):
+    folder = home / "sets"
     folder.mkdir()
     for number, name in enumerate(SETS):
         (folder / f"{name}.json").write_text(json.dumps([f"{text} {number}" for text in WORDS]))
     return folder
 
 
-@pytest.fixture
-def recorded(tmp_path, prompts, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    few = {"train": 6, "val": 6, "test": 4}
-    for name, value in {"REAL": tmp_path / "data" / "real", "N_PROMPTS": few, "N_RANDOM": 2, "N_GENERATED": 1,
-                        "N_TOKENS": 6, "N_DOSED": 2, "DOSES": (0.5, 1.0),
-                        "phrase_judge": lambda text: "a" in text}.items():
-        monkeypatch.setattr(make_real, name, value)
-    monkeypatch.setattr(runs, "REAL", tmp_path / "data" / "real")
-    name = save_tiny(tmp_path / "model")
+@pytest.fixture(scope="module")
+def recorded(home, prompts):
+    name = save_tiny(home / "model")
     make_real.record(name, "tiny", {"id": "x", "file": "", "quantization": "none", "sha256": ""}, prompts, sweep=True)
-    return load_model(name), load_run("tiny"), tmp_path / "data" / "real" / "tiny"
+    return load_model(name), load_run("tiny"), home / "data" / "real" / "tiny"
 
 
 def test_a_record_holds_every_condition(recorded):
@@ -90,6 +100,22 @@ def test_no_prompt_and_no_harmful_answer_is_in_a_record(recorded):
     assert len(json.loads(text)["prompts"]["harmful"]["hashes"]) == 4
 
 
+def test_answers_are_read_mixed_and_counted_by_condition(recorded, prompts, monkeypatch):
+    monkeypatch.setattr(mark_answers, "DRAWN", {("harmful", "ablated"): 3, ("harmless", "added"): 2})
+    asked = make_real.read_prompts(prompts)[0]["test"]
+    sheet = mark_answers.write("tiny", asked)
+    with pytest.raises(ValueError, match="Answer 1 has the mark '': write one of refuses, answers, evades, nonsense."):
+        mark_answers.read("tiny")
+    text = sheet.read_text()
+    assert "ablated" not in text and text.count("mark: ") == 5
+    sheet.write_text(text.replace("mark: ", "mark: evades"))
+    counted = mark_answers.read("tiny")
+    assert counted["marks"] == {"harmful, ablated": {"evades": 3}, "harmless, added": {"evades": 2}}
+    assert counted["phrases"]["caught"] == [0, 0]
+    monkeypatch.setattr(mark_answers, "phrase_judge", lambda text: True)
+    assert mark_answers.read("tiny")["phrases"]["false alarms"] == [5, 5]
+
+
 def test_an_interrupted_record_goes_on(recorded, prompts, monkeypatch):
     _, run, folder = recorded
     before = (folder / "results.json").read_bytes()
@@ -98,11 +124,12 @@ def test_an_interrupted_record_goes_on(recorded, prompts, monkeypatch):
     assert (folder / "results.json").read_bytes() == before
 
 
-def test_a_record_of_other_prompts_does_not_go_on(recorded, prompts):
+def test_a_record_of_other_prompts_does_not_go_on(recorded, prompts, tmp_path):
     _, run, folder = recorded
-    (prompts / "jailbreakbench.json").write_text(json.dumps(WORDS))
+    others = shutil.copytree(prompts, tmp_path / "others")
+    (others / "jailbreakbench.json").write_text(json.dumps(WORDS))
     with pytest.raises(ValueError, match="holds a run with other settings .prompts."):
-        make_real.record(str(folder.parents[2] / "model"), "tiny", run.weights, prompts, sweep=True)
+        make_real.record(str(folder.parents[2] / "model"), "tiny", run.weights, others, sweep=True)
 
 
 def test_an_equal_shadow_moves_the_stream_as_far_as_erasing_does(llama):

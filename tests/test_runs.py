@@ -11,8 +11,10 @@ from utils.evaluation import Rate
 from utils.runs import load_run, run_names
 
 ANSWERS = {"harmful": {"base": {"refused": 9, "n": 10, "interval": [0.6, 0.98], "judge": "phrases"},
-                       "random_1": {"refused": 8, "n": 10, "interval": [0.5, 0.94], "judge": "first token"},
-                       "random_2": {"refused": 7, "n": 10, "interval": [0.4, 0.89], "judge": "first token"}},
+                       "random_1": {"refused": 8, "n": 10, "interval": [0.5, 0.94], "judge": "phrases",
+                                    "metric": [1.0] * 6 + [-1.0] * 4},
+                       "random_2": {"refused": 7, "n": 10, "interval": [0.4, 0.89], "judge": "first token",
+                                    "metric": [1.0] * 7 + [-1.0] * 3}},
            "harmless": {"base": {"refused": 0, "n": 10, "interval": [0.0, 0.28], "judge": "phrases"}}}
 
 
@@ -44,7 +46,15 @@ def test_a_run_is_read_as_it_was_written(recorded):
     assert run.probes["real"] == [Rate(5, 10), Rate(10, 10)] and run.dose == {"r": {-1.0: Rate(0, 8), 1.0: Rate(7, 8)}}
     assert run.heads["harmful"].tolist() == [[1.0, 2.0]] and run.costs["base"]["choices"] == Rate(50, 200)
     assert run.n["train"]["harmless"] == 9 and run.marks == {}
-    assert run.random_rates() == [Rate(8, 10), Rate(7, 10)]
+    assert run.random_rates() == [Rate(8, 10)]
+    assert run.random_rates("first token") == [Rate(6, 10), Rate(7, 10)]
+
+
+def test_marks_are_read_where_there_are_any(recorded):
+    (recorded / "marks.json").write_text(json.dumps({
+        "marks": {"harmful, ablated": {"answers": 3}}, "phrases": {"caught": [9, 10], "false alarms": [1, 40]}}))
+    marks = load_run("small").marks
+    assert marks["marks"]["harmful, ablated"] == {"answers": 3} and marks["phrases"]["caught"] == Rate(9, 10)
 
 
 @pytest.mark.parametrize("side, condition, choices", [("harmful", "added", "base, random_1, random_2"),

@@ -15,6 +15,7 @@ from utils.directions import Direction
 from utils.evaluation import Rate
 
 REAL = DATA / "real"
+MARKS = "refuses", "answers", "evades", "nonsense"  # what an answer is, as it was read
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,8 @@ class Run:
     heads      {"harmful", "harmless"} -> [n_layers, n_heads], what each head writes along r̂ at the last token; or None
     dose       {"r", "random"} -> {coefficient: Rate of harmless prompts refused}
     costs      condition -> {"paragraphs" (nats per token), "choices" (Rate right), "kl_first", "kl_32" (nats)}
-    marks      what its answers are, as they were read: {condition: {mark: how many}}; empty if none were
+    marks      what answers are, as they were read: {"marks": {"side, condition": {mark: how many}}, "phrases":
+               {"caught", "false alarms"} -> a Rate: how the list of phrases errs on them}; empty if none were read
     """
     name: str
     weights: dict
@@ -63,14 +65,33 @@ class Run:
         """{condition: Rate} of a side."""
         return {condition: self.rate(side, condition) for condition in self.answers[side]}
 
-    def random_rates(self):
-        """Of harmful requests, how many are refused with each random direction erased: a list of Rates."""
-        return [rate for condition, rate in self.rates("harmful").items() if condition.startswith("random_")]
+    def first_token_rate(self, side, condition):
+        """As `rate`, judged by the first token: for how many a refusal is the likelier beginning."""
+        self.rate(side, condition)
+        return Rate.of(metric > 0 for metric in self.answers[side][condition]["metric"])
+
+    def random_rates(self, judge="phrases"):
+        """Of harmful requests, how many are refused with each random direction erased: a list of Rates.
+
+        judge: "phrases", for those of which whole answers were recorded, or "first token", for all.
+        """
+        names = [name for name in self.answers["harmful"] if name.startswith("random_")]
+        if judge == "first token":
+            return [self.first_token_rate("harmful", name) for name in names]
+        return [self.rate("harmful", name) for name in names if self.answers["harmful"][name]["judge"] == judge]
 
 
 def run_names():
     """The names of the recorded runs."""
     return sorted(path.parent.name for path in REAL.glob("*/results.json"))
+
+
+def read_marks(file):
+    """What marks.json holds -> as `Run.marks`."""
+    if not file.is_file():
+        return {}
+    marks = json.loads(file.read_text(encoding="utf-8"))
+    return marks | {"phrases": {name: Rate(*counts) for name, counts in marks["phrases"].items()}}
 
 
 def load_run(name):
@@ -95,7 +116,7 @@ def load_run(name):
                   for vector, doses in results["dose"].items()},
             costs={condition: given | {"choices": Rate(*given["choices"])}
                    for condition, given in results["costs"].items()},
-            marks=results.get("marks", {}))
+            marks=read_marks(folder / "marks.json"))
     except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise ValueError(f"The run in {folder} is damaged ({error!r}): restore it from the course's repository."
                          ) from error
