@@ -128,6 +128,10 @@ def test_no_rate(successes, n):
         Rate(successes, n)
 
 
+def test_rates_pooled_are_the_rate_of_all_outcomes():
+    assert Rate.pooled(iter([Rate(1, 4), Rate(3, 6)])) == Rate(4, 10)
+
+
 def test_rate():
     rate = Rate.of([True] * 196 + [False] * 4)
     assert rate == Rate(196, 200)

@@ -40,6 +40,7 @@ def test_a_run_is_read_as_it_was_written(recorded):
     run = load_run("small")
     assert torch.equal(run.direction.vector, torch.arange(4.0))
     assert (run.direction.layer, run.direction.position) == (1, -2)
+    assert run.place == (1, 0) and run.scores.kl[run.place] == 1.0
     assert run.scores.bypass[0].isnan().all() and run.scores.kl[1].tolist() == [1.0, 2.0]
     assert run.passes and run.weights["id"] == "somebody/small"
     assert run.rate("harmful", "base") == Rate(9, 10) and run.rates("harmless") == {"base": Rate(0, 10)}

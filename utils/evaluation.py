@@ -134,6 +134,12 @@ class Rate:
         outcomes = [bool(outcome) for outcome in outcomes]
         return cls(sum(outcomes), len(outcomes))
 
+    @classmethod
+    def pooled(cls, rates):
+        """Several rates as one. Its interval takes all outcomes for separate ones."""
+        rates = list(rates)
+        return cls(sum(rate.successes for rate in rates), sum(rate.n for rate in rates))
+
     @property
     def value(self):
         return self.successes / self.n

@@ -50,6 +50,11 @@ class Run:
     costs: dict
     marks: dict
 
+    @property
+    def place(self):
+        """Where the pick is in `scores`: (layer, number of the position)."""
+        return self.direction.layer, len(self.post_instruction) + self.direction.position
+
     def rate(self, side, condition):
         """How many requests of a side are refused under a condition: a Rate.
 
