@@ -41,7 +41,7 @@ from utils.interventions import Ablation, Addition, every_pair, generate, last_l
 from utils.models import load_model, rewrite
 from utils.probes import fit_probe, probe_accuracy, shuffle_balanced
 from utils.reproduce import Steps
-from utils.runs import REAL
+from utils.runs import REAL, hashed
 
 N_PROMPTS = {"train": 256, "val": 32, "test": 100}  # at most, of each side
 N_RANDOM, N_GENERATED, N_TOKENS = 20, 5, 24
@@ -277,11 +277,6 @@ def all_costs(steps, model, prompts, vector):
                 for prompt, answer in zip(prompts, answers) if answer.strip()]
     changes = {"base": None, "ablated": Ablation(vector), "random_1": Ablation(random_directions(1, like=vector)[0])}
     return {name: steps(f"costs, {name}", costs_of, model, change, answered) for name, change in changes.items()}
-
-
-def hashed(prompt):
-    """What the record keeps of a prompt."""
-    return hashlib.sha256(getattr(prompt, "text", prompt).encode()).hexdigest()[:16]
 
 
 def main():

@@ -11,7 +11,7 @@ from exact import assert_same
 from safetensors.torch import load_file
 from tiny_models import save_tiny
 
-from utils import runs
+from utils import reproduce, runs
 from utils.interventions import Ablation, last_logits
 from utils.models import load_model
 from utils.runs import load_run
@@ -143,3 +143,31 @@ def test_an_equal_shadow_moves_the_stream_as_far_as_erasing_does(llama):
 def test_an_equal_shadow_along_r_itself_is_erasing_r(llama):
     r, prompts = torch.randn(32).double(), WORDS[:3]
     assert_same(last_logits(llama, prompts, make_real.EqualShadow(r, r)), last_logits(llama, prompts, Ablation(r)))
+
+
+def test_a_record_is_checked_by_its_own_model(recorded, prompts, capsys):
+    _, _, folder = recorded
+    command = [str(folder.parents[2] / "model"), "--compare", str(folder), "--prompts", str(prompts)]
+    assert reproduce.main(command) == 0
+    _, head, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert head.startswith("| side | condition | n |") and rows[0].startswith("| harmful | base | 4 |")
+    assert len(rows) == 4 and all(row.endswith("| yes |") for row in rows)
+
+
+def test_a_record_does_not_agree_with_another_model(recorded, prompts, tmp_path, capsys):
+    _, _, folder = recorded
+    other = save_tiny(tmp_path / "other", "qwen2")
+    assert reproduce.main([other, "--compare", str(folder), "--prompts", str(prompts)]) == 1
+    assert "| no |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, said", [
+    (["something else"], "None of the 4 harmful prompts of the record is among those given"),
+    ({"a": 1}, "is no list of strings"), (None, "There is no list of prompts in")])
+def test_prompts_that_are_not_the_recorded_ones(recorded, tmp_path, capsys, content, said):
+    _, _, folder = recorded
+    if content is not None:
+        (tmp_path / "a.json").write_text(json.dumps(content))
+    command = [str(folder.parents[2] / "model"), "--compare", str(folder), "--prompts", str(tmp_path)]
+    assert reproduce.main(command) == 1
+    assert said in capsys.readouterr().err

@@ -4,6 +4,10 @@ Finds the direction, erases it, adds it, edits it out of the weights, and measur
 2.3 to 4.1). In the folder it leaves every number (results.json), all answers and two figures; it prints a row for the
 paper's table. Interrupt it when you like: run again, it goes on after the last step, or the last candidate, that was
 done. With `--quick` it scores the most promising candidates alone, and asks for few answers: a first look, in minutes.
+
+With `--compare data/real/RUN` it checks whether the model does here what a record of it says, with the recorded
+direction and prompts, by the first token of the answer. The prompts come from the hub, or from the JSON lists of
+strings in `--prompts FOLDER`.
 """
 import argparse
 import json
@@ -21,15 +25,18 @@ from utils.candidates import SCORES, CandidateScores, listed_scores, tensor_of
 from utils.checkpoints import SMALLER
 from utils.directions import find_direction, random_directions
 from utils.evaluation import Rate, judge, loss, phrase_judge, refusal_metric
-from utils.instructions import SIDES, load_instructions
+from utils.instructions import SIDES, as_texts, load_instructions, load_public_set, load_requests
 from utils.interventions import Ablation, Addition, generate, last_logits, orthogonalized
 from utils.models import load_model
-from utils.plots import plot_candidate_scores, plot_rates
+from utils.plots import markdown_table, plot_candidate_scores, plot_rates
+from utils.runs import hashed, load_run
 
 METHOD = 1  # to be raised with each change of what is computed, so that no run goes on with figures of another kind
 CONDITIONS = {"harmful": ("baseline", "ablated", "orthogonalized", "random"),
               "harmless": ("baseline", "ablated", "added")}
 QUICK = {"harmful": ("baseline", "ablated"), "harmless": ("baseline", "added")}
+COMPARED = ("side", "condition", "n", "refused here", "recorded", "apart, nats", "agrees")
+MAX_APART, MAX_COUNTS_APART = 0.1, 0.05  # of metrics, in nats on average, and of the share refused
 N, N_QUICK = 100, 32  # test prompts of each side
 JUDGES = {"first token": lambda prompt, answer, metric: metric > 0,
           "phrases": lambda prompt, answer, metric: phrase_judge(answer),
@@ -83,6 +90,42 @@ def reproduce(name, out, n=None, progress=False, remote=False, device=None, quic
     write_json(Path(out) / "results.json", results)
     draw(Path(out), found, results, model.post_instruction, judges[-1])
     return results
+
+
+def compare(name, record, prompts=None, device=None):
+    """Does a model do here what a record of it says? -> a row for each side and condition, as COMPARED names them.
+
+    name, device: as in `load_model`. record: as in `load_run`. prompts: texts among which the recorded ones are looked
+    for, by their hashes; None for the sets that the record names, from the hub.
+    Raises ValueError where none of the recorded prompts is found; what `load_run`, `load_model` and `load_public_set`
+    raise.
+    """
+    run = load_run(record)
+    model = load_model(name, device=device)
+    changes = {"base": None, "ablated": Ablation(run.direction), "added": Addition(run.direction)}
+    rows = []
+    for side, condition in (("harmful", "base"), ("harmful", "ablated"), ("harmless", "base"), ("harmless", "added")):
+        asked = recorded_prompts(run, side, prompts)
+        metric = refusal_metric(last_logits(model, list(asked.values()), changes[condition], 16), model.refusal_tokens)
+        recorded = torch.tensor(run.answers[side][condition]["metric"])[list(asked)]
+        apart, counts = (metric - recorded).abs().mean().item(), [int((some > 0).sum()) for some in (metric, recorded)]
+        agrees = apart <= MAX_APART and abs(counts[0] - counts[1]) <= MAX_COUNTS_APART * len(asked)
+        rows.append([side, condition, len(asked), *counts, f"{apart:.3f}", "yes" if agrees else "no"])
+    return rows
+
+
+def recorded_prompts(run, side, prompts=None):
+    """Those of a record's prompts that are at hand: {number: text}. prompts: as in `compare`."""
+    asked = run.prompts[side]
+    if prompts is None:
+        own = asked["set"] == "requests"
+        prompts = load_requests("test", side) if own else load_public_set(asked["set"])
+    texts = {hashed(text): text for text in as_texts(prompts)}
+    at_hand = {number: texts[code] for number, code in enumerate(asked["hashes"]) if code in texts}
+    if not at_hand:
+        raise ValueError(f"None of the {len(asked['hashes'])} {side} prompts of the record is among those given: "
+                         f"give the set {asked['set']!r} (--prompts).")
+    return at_hand
 
 
 class Steps:
@@ -243,8 +286,21 @@ HEAD = ("| model | position | layer | bypass | induce | KL | harmful refused: ba
         "harmless refused: base / added |\n|---|---|---|---|---|---|---|---|")
 
 
+def read_lists(folder):
+    """All strings of the JSON lists in a folder. Raises ValueError for a file that is none."""
+    texts = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
+            raise ValueError(f"{path} is no list of strings: give a folder of such lists alone (--prompts).")
+        texts += content
+    if not texts:
+        raise ValueError(f"There is no list of prompts in {folder}: give a folder of JSON lists (--prompts).")
+    return texts
+
+
 def main(arguments=None):
-    """Return the exit status: 0, or 1 after one sentence on what is wrong."""
+    """Return the exit status: 0, or 1 after one sentence on what is wrong, or where a record does not agree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help='"organism", a folder, or a hub id')
     parser.add_argument("--out", type=Path, help="folder for the results; by default reproduced/NAME")
@@ -253,9 +309,15 @@ def main(arguments=None):
     parser.add_argument("--n", type=int, help=f"test prompts of each side ({N}; with --quick {N_QUICK})")
     parser.add_argument("--device", help='"cpu", "cuda", "cuda:1", "mps", or "auto" for all GPUs; by default the best')
     parser.add_argument("--remote", action="store_true", help="run the model on NDIF")
+    parser.add_argument("--compare", metavar="FOLDER", help="check a record, such as one in data/real")
+    parser.add_argument("--prompts", type=Path, help="with --compare: a folder of JSON lists of strings")
     args = parser.parse_args(arguments)
     out = args.out or Path("reproduced") / (Path(args.name).name + "-quick" * args.quick)
     try:
+        if args.compare:
+            rows = compare(args.name, args.compare, args.prompts and read_lists(args.prompts), args.device)
+            say(markdown_table(COMPARED, rows).data)
+            return int(any(row[-1] == "no" for row in rows))
         results = reproduce(args.name, out, args.n, progress=True, remote=args.remote, device=args.device,
                             quick=args.quick)
     except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:

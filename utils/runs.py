@@ -2,8 +2,10 @@
 
 `make real` records a run; results.json says of which weights.
 """
+import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +27,7 @@ class Run:
     weights    {"id", "file", "quantization", "sha256"}: of which weights
     direction  Direction, the pick; passes: whether it passes the paper's filters
     n          {"train", "val"} -> side -> how many prompts the direction and its scores come from
+    prompts    side -> {"set", "hashes"}: which prompts were answered, in order, as `hashed` gives them
     n_layers   of the model; post_instruction: its template's tokens after the instruction, as strings
     scores     CandidateScores of the candidates, nan where none was computed
     answers    {"harmful", "harmless", "held out"} -> condition -> {"refused", "n", "interval", "judge", ...}
@@ -40,6 +43,7 @@ class Run:
     direction: Direction
     passes: bool
     n: dict
+    prompts: dict
     n_layers: int
     post_instruction: list
     scores: CandidateScores
@@ -86,6 +90,11 @@ class Run:
         return [self.rate("harmful", name) for name in names if self.answers["harmful"][name]["judge"] == judge]
 
 
+def hashed(prompt):
+    """What a record keeps of a prompt: the first 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(getattr(prompt, "text", prompt).encode()).hexdigest()[:16]
+
+
 def run_names():
     """The names of the recorded runs."""
     return sorted(path.parent.name for path in REAL.glob("*/results.json"))
@@ -100,20 +109,20 @@ def read_marks(file):
 
 
 def load_run(name):
-    """A recorded run -> Run.
+    """A recorded run -> Run. name: one of `run_names`, or a folder that holds a record.
 
     Raises ValueError for a name that is none, and for files that are damaged.
     """
-    folder = REAL / name
-    if name not in run_names():
+    folder = REAL / name if name in run_names() else Path(name)
+    if not (folder / "results.json").is_file():
         raise ValueError(f"There is no run {name!r}: choose one of {', '.join(run_names())}; `make real` records one.")
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         vector = load_file(folder / "direction.safetensors")["direction"]
         pick = results["pick"]
         return Run(
-            name, results["weights"], Direction(vector, pick["layer"], pick["position"]), pick["passes"],
-            results["n"], results["n_layers"], results["post_instruction"],
+            folder.name, results["weights"], Direction(vector, pick["layer"], pick["position"]), pick["passes"],
+            results["n"], results["prompts"], results["n_layers"], results["post_instruction"],
             CandidateScores(*(tensor_of(results["candidates"][name]) for name in SCORES)), results["answers"],
             probes={labels: [Rate(*counts) for counts in layers] for labels, layers in results["probes"].items()},
             heads=results["heads"] and {side: torch.tensor(rows) for side, rows in results["heads"].items()},
