@@ -233,7 +233,7 @@ def record(name, run, weights, folder, sweep):
     results = {
         "weights": weights, "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "n_layers": model.n_layers, "post_instruction": model.post_instruction,
-        "refusal_tokens": model.refusal_tokens,
+        "refusal_tokens": model.refusal_tokens, "openings": model.decode([[token] for token in model.refusal_tokens]),
         "pick": {"layer": layer, "position": found["position"], "passes": found["passes"]},
         "n": {"train": n_train, "val": found["n_val"]}, "candidates": found["scores"],
         "probes": steps("probes", probes_of, model, train, test),

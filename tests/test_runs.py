@@ -26,7 +26,7 @@ def recorded(tmp_path, monkeypatch):
     (folder / "results.json").write_text(json.dumps({
         "weights": {"id": "somebody/small", "file": "", "quantization": "none", "sha256": ""}, "n_layers": 2,
         "post_instruction": ["<end>", "\n"], "pick": {"layer": 1, "position": -2, "passes": True},
-        "prompts": {"harmful": {"set": "own", "hashes": []}},
+        "prompts": {"harmful": {"set": "own", "hashes": []}}, "openings": ["I"],
         "n": {"train": {"harmful": 8, "harmless": 9}, "val": {"harmful": 4, "harmless": 4}},
         "candidates": {name: [[None, None], [1.0, 2.0]] for name in SCORES}, "answers": ANSWERS,
         "probes": {"real": [[5, 10], [10, 10]], "shuffled": [[5, 10], [4, 10]]},

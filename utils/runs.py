@@ -28,6 +28,7 @@ class Run:
     direction  Direction, the pick; passes: whether it passes the paper's filters
     n          {"train", "val"} -> side -> how many prompts the direction and its scores come from
     prompts    side -> {"set", "hashes"}: which prompts were answered, in order, as `hashed` gives them
+    openings   the tokens that refusals begin with, as strings
     n_layers   of the model; post_instruction: its template's tokens after the instruction, as strings
     scores     CandidateScores of the candidates, nan where none was computed
     answers    {"harmful", "harmless", "held out"} -> condition -> {"refused", "n", "interval", "judge", ...}
@@ -44,6 +45,7 @@ class Run:
     passes: bool
     n: dict
     prompts: dict
+    openings: list
     n_layers: int
     post_instruction: list
     scores: CandidateScores
@@ -122,7 +124,7 @@ def load_run(name):
         pick = results["pick"]
         return Run(
             folder.name, results["weights"], Direction(vector, pick["layer"], pick["position"]), pick["passes"],
-            results["n"], results["prompts"], results["n_layers"], results["post_instruction"],
+            results["n"], results["prompts"], results["openings"], results["n_layers"], results["post_instruction"],
             CandidateScores(*(tensor_of(results["candidates"][name]) for name in SCORES)), results["answers"],
             probes={labels: [Rate(*counts) for counts in layers] for labels, layers in results["probes"].items()},
             heads=results["heads"] and {side: torch.tensor(rows) for side, rows in results["heads"].items()},
