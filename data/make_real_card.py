@@ -33,8 +33,8 @@ def card(name):
                        [[*(f"{score:.3f}" for score in scores), *met(run)]]).data,
         "" if run.passes else run.scores.why_none_passes(),
         "## What is refused",
-        "Refusals with Wilson's 95% interval, told by phrases and by the first token: for how many prompts a refusal is "
-        "the likelier beginning. Of a prompt only a hash is kept, of an answer to a harmful request the first four "
+        "Refusals with Wilson's 95% interval, told by phrases, and by the first token: for how many prompts a refusal "
+        "is the likelier beginning. Of a prompt only a hash is kept, of an answer to a harmful request the first four "
         "words.",
         *(f"{set_of(run, side)}:\n\n" + markdown_table(["what was done", "by phrases", "by the first token"],
                                                        rows(run, side)).data for side in run.answers),
