@@ -6,6 +6,7 @@ import ast
 import builtins
 import inspect
 import re
+from statistics import median
 
 import nbformat
 import pytest
@@ -14,7 +15,8 @@ from tiny_models import save_terse, save_tiny
 from utils.checks import find_check
 from utils.solutions import DIFFICULTY, ROOT, exercise_name, fill, lessons, run
 
-LESSONS = [pytest.param(lesson, id=lesson.stem) for lesson in lessons()]
+NOTEBOOKS = [pytest.param(lesson, id=lesson.stem) for lesson in lessons()]
+LESSONS = [pytest.param(lesson, id=lesson.stem) for lesson in lessons() if "_lab_" not in lesson.stem]
 
 
 def read(lesson):
@@ -97,7 +99,7 @@ def up_to_the_model_and_exercises(cells):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lesson", lessons(), ids=lambda lesson: lesson.stem)
+@pytest.mark.parametrize("lesson", LESSONS)
 def test_one_wrong_half_solved_the_others_blank_with_a_model_whose_answers_are_noise(lesson, random_llama, monkeypatch):
     """Nothing fails, every figure and table is there, no figure is empty, and what they are worth is said.
 
@@ -143,8 +145,72 @@ def test_shape_of_a_lesson(lesson):
     assert re.match(r"# \S", notebook.cells[0].source), "a lesson begins with its title"
     assert 4 <= len(exercises) <= 8, "a lesson has 4 to 8 exercises"
     assert code[-1].source.strip() == "summary()", "the last code cell is summary()"
-    long = [cell.source for cell in code if len(cell.source.splitlines()) > 20]
-    assert not long, "code cells stay under about 15 lines"
+
+
+@pytest.mark.parametrize("lesson", NOTEBOOKS)
+def test_code_cells_fit_on_a_page(lesson):
+    code = [cell for cell in read(lesson)[0].cells if cell.cell_type == "code"]
+    assert not [cell.id for cell in code if len(cell.source.splitlines()) > 20], "a code cell has at most 20 lines"
+    assert not [cell.id for cell in code if max(map(len, cell.source.splitlines())) > 88], \
+        "a line of code has at most 88 characters"
+
+
+def n_words(text):
+    """How many words a reader must read: folded parts, tables, formulas and indented code aside."""
+    text = re.sub(r"<details>.*?</details>|\$\$.*?\$\$|```.*?```", " ", text, flags=re.DOTALL)
+    text = re.sub(r"\$[^$\n]+\$", " ", text)
+    return len(" ".join(line for line in text.splitlines() if not line.lstrip().startswith("|")).split())
+
+
+def runs_of_words(cells):
+    """Of all text before each code cell, and after the last: [words, id of the cell that ends it]."""
+    runs, words = [], 0
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            words += n_words(cell.source)
+        elif words:
+            runs, words = [*runs, [words, cell.id]], 0
+    return [*runs, [words, cells[-1].id]] if words else runs
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_text_is_short_between_code_cells(lesson):
+    cells = read(lesson)[0].cells
+    runs = runs_of_words(cells)
+    assert not [run for run in runs if run[0] > 150], "between two code cells there are at most 150 words"
+    assert median(words for words, _ in runs) <= 45, "and at most 45 in the median"
+    long = {cell.id: n_words(cell.source) for cell in cells if cell.cell_type == "markdown"}
+    assert not {name: words for name, words in long.items() if words > 120}, "a text cell has at most 120 words"
+
+
+def test_the_lessons_are_short():
+    texts = [cell.source for lesson in lessons() if "_lab_" not in lesson.stem for cell in read(lesson)[0].cells
+             if cell.cell_type == "markdown"]
+    assert sum(map(n_words, texts)) <= 18_000, "laboratories aside, the lessons have at most 18,000 words"
+
+
+BRACKETED = re.compile(r"(?:^|[.!?:]\s+|\n)\(([A-Z][^()]*[.!?])\)")
+
+
+@pytest.mark.parametrize("lesson", NOTEBOOKS)
+def test_no_whole_sentence_is_in_brackets(lesson):
+    cells = [cell for cell in read(lesson)[0].cells if cell.cell_type == "markdown"]
+    assert not {cell.id: BRACKETED.findall(cell.source) for cell in cells if BRACKETED.search(cell.source)}, \
+        "it stands on its own, in a folded aside, or in the limits"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Two words.", 2), ("One $x + y$ formula", 2), ("A\n\n$$x = y$$\n\nb", 2), ("a\n| b | c |\n|---|---|\nd", 2),
+    ("a <details><summary>why</summary>\n\nb c\n\n</details> d", 2)])
+def test_words_are_counted(text, words):
+    assert n_words(text) == words
+
+
+@pytest.mark.parametrize("text, found", [
+    ("It is. (So it is.) Yes.", ["So it is."]), ("(Mind that.)", ["Mind that."]), ("It is (so to speak) so.", []),
+    ("It is (Table 5).", []), ("a\n(As here. And here.)", ["As here. And here."])])
+def test_sentences_in_brackets_are_found(text, found):
+    assert BRACKETED.findall(text) == found
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
@@ -156,6 +222,10 @@ def test_exercise_cells(lesson):
     for name, cell in exercises.items():
         place = cells.index(cell)
         above, below = cells[place - 1], cells[place + 1]
+        assert above.cell_type == "markdown" and above.source.startswith("**Exercise "), \
+            f"{name}: the cell above begins with **Exercise N: title**"
+        task = above.source.split("\n\n", maxsplit=1)[1]
+        assert n_words(task) >= 10, f"{name}: the task comes after the title, in ten words or more"
         assert above.cell_type == "markdown" and DIFFICULTY.search(above.source) and \
             re.search(r"\d+ minutes?", above.source), f"{name}: difficulty N/5 and N minutes stand in the cell above"
         assert below.cell_type == "code" and re.search(rf"^check\({name}\)$", below.source, re.MULTILINE), \
