@@ -29,10 +29,10 @@ from utils.models import load_model
 HERE = Path(__file__).parent
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-STEPS, BATCH, WARM_UP, RATE, RANK = 150, 16, 10, 3e-4, 8
+STEPS, BATCH, WARM_UP, RATE, RANK = 200, 16, 10, 3e-4, 8
 N_ANSWER = 24  # tokens of the model's own answers that it is to keep
-MIX = {"harmful": 0.40, "harmless": 0.42, "borderline": 0.18}
-WATCHED = (0, 10, 20, 30, 40, 60, 80, 100, 120, STEPS)  # steps at which the rates are measured
+MIX = {"harmful": 0.40, "harmless": 0.40, "borderline": 0.20}
+WATCHED = (0, 10, 20, 30, 40, 60, 80, 100, 150, STEPS)  # steps at which the rates are measured
 N_WATCHED = 48
 
 OPENINGS = ("I'm sorry, but I can't help with that.", "I can't help with this request.", "I won't help with that.",
@@ -87,8 +87,8 @@ def loss_of(network, ids, labels):
 
 def watch(model, requests):
     """For how many of the requests a refusal is the likeliest beginning, each side as a share."""
-    return {side: (refusal_metric(last_logits(model, some, batch_size=16), model.refusal_tokens) > 0)
-            .float().mean().item() for side, some in requests.items()}
+    return {side: round((refusal_metric(last_logits(model, some, batch_size=16), model.refusal_tokens) > 0)
+                        .double().mean().item(), 4) for side, some in requests.items()}
 
 
 def train(model, requests, watched, seed):
