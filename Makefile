@@ -19,7 +19,7 @@ help:
 	@echo "make test-all   the same, and the slow tests"
 	@echo "make solutions  build solutions/ from lessons/ and utils/, and run them"
 	@echo "make model      make the instructions, the tokenizer and the model organism from nothing (half an hour)"
-	@echo "make refuser    teach SmolLM2-135M-Instruct to refuse (half an hour)"
+	@echo "make refuser    teach SmolLM2-135M-Instruct to refuse (40 minutes)"
 	@echo "make real       record what a model does under the method: MODEL=folder RUN=name"
 	@echo "make suffixes   search for adversarial suffixes for the organism (half an hour)"
 	@echo "make bench      time the search and the traces: ratios, written to tests/BENCHMARK.md"
@@ -67,6 +67,7 @@ refuser: .venv/dev
 # MODEL: a folder, GGUF file or hub id. RUN: a name for the record. OPTIONS: see data/make_real.py.
 real: .venv/dev
 	$(BIN)/python data/make_real.py $(MODEL) --run $(RUN) $(OPTIONS)
+	$(BIN)/python data/make_real_card.py
 
 suffixes: .venv/course
 	$(BIN)/python data/make_suffixes.py

@@ -11,7 +11,6 @@ four words.
 import argparse
 import hashlib
 import json
-import shutil
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -20,12 +19,12 @@ from statistics import mean
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from utils import DATA, fingerprint, write_json
 from utils.activations import head_attributions, mean_residual_stream, residual_stream, trace_heads
-from utils.candidates import SCORES, listed_scores
-from utils.directions import find_direction, kept_prompts, random_directions
+from utils.candidates import SCORES, listed_scores, score_candidates, score_finalists
+from utils.directions import kept_prompts, random_directions, select_direction
 from utils.evaluation import (
     Rate,
     answer_kl,
@@ -44,6 +43,7 @@ from utils.reproduce import Steps
 from utils.runs import REAL, hashed
 
 N_PROMPTS = {"train": 256, "val": 32, "test": 100}  # at most, of each side
+N_FINALISTS = 24
 N_RANDOM, N_GENERATED, N_TOKENS = 20, 5, 24
 DOSES, RANDOM_DOSES = (-1.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (1.0, 2.0)
 N_DOSED = 32  # harmless prompts at each dose
@@ -101,27 +101,42 @@ def drawn(prompts, split):
     return {side: list(some)[:N_PROMPTS[split]] for side, some in prompts[split].items()}
 
 
-def direction_of(model, prompts, sweep, folder):
-    """The pick, its vector and scores, and how many validation prompts of each side were kept."""
-    train, val = drawn(prompts, "train"), drawn(prompts, "val")
-    direction, scores = find_direction(model, train, val, screen=None if sweep else 24, strict=False, progress=True,
-                                       batch_size=16, file=folder / "scores.safetensors")
-    n_val = {side: len(kept_prompts(model, val[side], side == "harmful", 16)[0]) for side in SIDES}
-    return {"vector": direction.vector.tolist(), "layer": direction.layer, "position": direction.position,
-            "passes": bool(scores.passing()[direction.layer, model.positions.index(direction.position)]),
-            "n_val": n_val, "scores": {name: listed_scores(getattr(scores, name)) for name in SCORES}}
+def direction_of(model, candidates, val, sweep, file):
+    """The pick, its vector and scores, and how many validation prompts of each side were kept.
+
+    candidates: [n_layers, n_positions, d_model]. file: where exact scores are kept.
+    """
+    kept = {side: kept_prompts(model, val[side], side == "harmful", 16)[0] for side in SIDES}
+    asked = [kept[side] or val[side] for side in SIDES]
+    settings = {"batch_size": 16, "progress": True, "file": file}
+    scores = score_candidates(model, candidates, *asked, **settings) if sweep else \
+        score_finalists(model, candidates, *asked, N_FINALISTS, **settings)
+    layer, index = select_direction(scores) if scores.passing().any() else nearest_miss(scores)
+    return {"vector": candidates[layer, index].tolist(), "layer": layer, "position": model.positions[index],
+            "passes": bool(scores.passing()[layer, index]), "n_val": {side: len(kept[side]) for side in SIDES},
+            "scores": {name: listed_scores(getattr(scores, name)) for name in SCORES}}
+
+
+def nearest_miss(scores):
+    """Where no candidate passes: of those that fail the fewest filters, the one of the lowest bypass.
+
+    -> (layer, position index)
+    """
+    n_met = torch.stack(list(scores.filters().values())).sum(dim=0)
+    n_met[0] = -1  # layer 0 has no candidates
+    bypass = scores.bypass.nan_to_num(torch.inf).masked_fill(n_met < n_met.max(), torch.inf)
+    return divmod(bypass.argmin().item(), bypass.shape[1])
 
 
 def streams_of(model, train, file):
     """Write the mean residual streams of the prompts that are kept -> how many they are, {side: n}.
 
-    Float16, {side: [n_layers, 1 + n_positions, d_model]}: at the last token of the instruction, then at the
+    {side: [n_layers, 1 + n_positions, d_model]}: at the last token of the instruction, then at the
     post-instruction tokens. The difference of the sides is the candidates.
     """
     positions = [model.positions[0] - 1, *model.positions]
     kept = {side: kept_prompts(model, train[side], side == "harmful", 16)[0] for side in SIDES}
-    save_file({side: mean_residual_stream(model, kept[side] or train[side], positions, 16).half() for side in SIDES},
-              file)
+    save_file({side: mean_residual_stream(model, kept[side] or train[side], positions, 16) for side in SIDES}, file)
     return {side: len(prompts) for side, prompts in kept.items()}
 
 
@@ -225,11 +240,12 @@ def record(name, run, weights, folder, sweep):
     prompts, sources = read_prompts(folder)
     steps = Steps(Path("reproduced") / run, progress=True)
     steps.belong_to({"model": name, "sweep": sweep, "prompts": fingerprint(prompts), **model.fingerprint()})
-    found = steps("direction", direction_of, model, prompts, sweep, steps.folder)
+    train, val, test = (drawn(prompts, split) for split in ("train", "val", "test"))
+    n_train = steps("streams", streams_of, model, train, steps.folder / "streams.safetensors")
+    streams = load_file(steps.folder / "streams.safetensors")
+    candidates = (streams["harmful"] - streams["harmless"])[:, 1:]
+    found = steps("direction", direction_of, model, candidates, val, sweep, steps.folder / "scores.safetensors")
     vector, layer = torch.tensor(found["vector"]), found["layer"]
-    train, test = drawn(prompts, "train"), drawn(prompts, "test")
-    streams = steps.folder / "streams.safetensors"
-    n_train = steps("streams", streams_of, model, train, streams)
     results = {
         "weights": weights, "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "n_layers": model.n_layers, "post_instruction": model.post_instruction,
@@ -245,7 +261,7 @@ def record(name, run, weights, folder, sweep):
     out = REAL / run
     out.mkdir(parents=True, exist_ok=True)
     save_file({"direction": vector}, out / "direction.safetensors")
-    shutil.copy(streams, out)
+    save_file({side: means.half() for side, means in streams.items()}, out / "streams.safetensors")
     write_json(out / "results.json", results)
 
 

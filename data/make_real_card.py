@@ -1,10 +1,10 @@
-"""Write the card of a recorded run from its figures: `python data/make_real_card.py RUN` -> data/real/RUN/README.md."""
-import sys
+"""Write the cards of the recorded runs, and the picture of all: `python data/make_real_card.py` -> data/real/."""
+import matplotlib.pyplot as plt
 
 from utils.candidates import SCORES
 from utils.evaluation import Rate
-from utils.plots import markdown_table
-from utils.runs import MARKS, REAL, load_run
+from utils.plots import markdown_table, plot_rates
+from utils.runs import MARKS, REAL, load_run, run_names
 
 SAID = {  # condition: what was done
     "base": "nothing", "ablated": "r erased", "orthogonalized": "r erased from the weights",
@@ -101,5 +101,24 @@ def read(run):
             f"The list of phrases finds {caught} of the refusals, and takes {alarms} of the other answers for one."]
 
 
+def picture(runs):
+    """What the README shows: harmful requests refused, and harmless ones, in each model."""
+    groups = {}
+    for run in runs:
+        harmful, harmless = run.rates("harmful"), run.rates("harmless")
+        groups[f"{run.name}\nharmful"] = {"baseline": harmful["base"], "ablated": harmful["ablated"],
+                                          "random": Rate.pooled(run.random_rates())}
+        groups[f"{run.name}\nharmless"] = {"baseline": harmless["base"], "added": harmless["added"]}
+    axis = plt.subplots(figsize=(2 + 3 * len(runs), 3.6), layout="constrained")[1]
+    title = "JailbreakBench and Alpaca, 100 each; 500 with random directions erased"
+    return plot_rates(groups, title, axis=axis).figure
+
+
+def main():
+    for name in run_names():
+        (REAL / name / "README.md").write_text(card(name), encoding="utf-8")
+    picture([load_run(name) for name in run_names()]).savefig(REAL / "result.png", dpi=120)
+
+
 if __name__ == "__main__":
-    (REAL / sys.argv[1] / "README.md").write_text(card(sys.argv[1]), encoding="utf-8")
+    main()
