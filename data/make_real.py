@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from utils import DATA, fingerprint, write_json
 from utils.activations import head_attributions, mean_residual_stream, residual_stream, trace_heads
 from utils.candidates import SCORES, listed_scores, score_candidates, score_finalists
-from utils.directions import kept_prompts, random_directions, select_direction
+from utils.directions import kept_prompts, nearest_miss, random_directions, select_direction
 from utils.evaluation import (
     Rate,
     answer_kl,
@@ -117,17 +117,6 @@ def direction_of(model, candidates, val, sweep, file):
             "scores": {name: listed_scores(getattr(scores, name)) for name in SCORES}}
 
 
-def nearest_miss(scores):
-    """Where no candidate passes: of those that fail the fewest filters, the one of the lowest bypass.
-
-    -> (layer, position index)
-    """
-    n_met = torch.stack(list(scores.filters().values())).sum(dim=0)
-    n_met[0] = -1  # layer 0 has no candidates
-    bypass = scores.bypass.nan_to_num(torch.inf).masked_fill(n_met < n_met.max(), torch.inf)
-    return divmod(bypass.argmin().item(), bypass.shape[1])
-
-
 def streams_of(model, train, file):
     """Write the mean residual streams of the prompts that are kept -> how many they are, {side: n}.
 
@@ -160,7 +149,7 @@ def probes_of(model, train, test):
 def dose_of(model, prompts, vector, layer, doses):
     """How many of the prompts are refused, by phrases, at each coefficient: [[coefficient, refused, n]]."""
     asked, rows = every_pair(prompts, torch.tensor(doses)[:, None] * vector)
-    refused = map(phrase_judge, generate(model, asked, Addition(rows, layer), N_TOKENS, batch_size=16))
+    refused = map(phrase_judge, generate(model, asked, Addition(rows, layer), N_TOKENS, batch_size=50))
     return [[dose, rate.successes, rate.n] for dose, rate in zip(doses, rates_by_group(refused, len(doses)))]
 
 
@@ -183,7 +172,7 @@ def measured(model, prompts, condition, change, vector, whole, unchanged):
     """
     with orthogonalized(model, vector) if condition == "orthogonalized" else nullcontext():
         logits = last_logits(model, prompts, change, batch_size=16)
-        answers = generate(model, prompts, change, N_TOKENS, batch_size=16) if whole else None
+        answers = generate(model, prompts, change, N_TOKENS, batch_size=50) if whole else None
     kl = None if condition == "base" else kl_divergence(unchanged(), logits).tolist()
     return {"metric": refusal_metric(logits, model.refusal_tokens).tolist(), "answers": answers, "kl": kl}
 

@@ -18,6 +18,7 @@ from utils.directions import (
     kept_prompts,
     lowest_bypass,
     mean_of_kept,
+    nearest_miss,
     random_directions,
     refusal_when_ablated,
     refusal_when_added,
@@ -368,3 +369,10 @@ def test_each_prompt_may_have_its_own_direction(llama):
         together = measure(llama, rows, prompts)
         alone = torch.cat([measure(llama, row, [prompt]) for prompt, row in zip(prompts, rows)])
         assert_same(together, alone)
+
+def test_the_nearest_miss_fails_the_fewest_filters():
+    nan = torch.nan
+    scores = CandidateScores(torch.tensor([[-99.0], [-5.0], [-3.0], [-4.0], [-9.0]]),
+                             torch.tensor([[1.0], [-2.0], [0.5], [0.5], [1.0]]),
+                             torch.tensor([[0.0], [nan], [0.2], [0.3], [0.2]]))
+    assert nearest_miss(scores) == (3, 0)  # layer 0 has no candidates, layer 1 fails two, layer 4 is late

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny
 
 from utils import reproduce, runs
-from utils.candidates import CandidateScores
 from utils.interventions import Ablation, last_logits
 from utils.models import load_model
 from utils.runs import load_run
@@ -172,11 +171,3 @@ def test_prompts_that_are_not_the_recorded_ones(recorded, tmp_path, capsys, cont
     command = [str(folder.parents[2] / "model"), "--compare", str(folder), "--prompts", str(tmp_path)]
     assert reproduce.main(command) == 1
     assert said in capsys.readouterr().err
-
-
-def test_the_nearest_miss_fails_the_fewest_filters():
-    nan = torch.nan
-    scores = CandidateScores(torch.tensor([[-99.0], [-5.0], [-3.0], [-4.0], [-9.0]]),
-                             torch.tensor([[1.0], [-2.0], [0.5], [0.5], [1.0]]),
-                             torch.tensor([[0.0], [nan], [0.2], [0.3], [0.2]]))
-    assert make_real.nearest_miss(scores) == (3, 0)  # layer 0 has no candidates, layer 1 fails two, layer 4 is late

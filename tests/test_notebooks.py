@@ -199,6 +199,41 @@ def test_no_whole_sentence_is_in_brackets(lesson):
         "it stands on its own, in a folded aside, or in the limits"
 
 
+RECORDED = re.compile(r"\b(?:Qwen2\.5-Coder|SmolLM2|smollm2|qwen2\.5-coder)[\w.-]*|\brefuser\b")
+REFERENCES = re.compile(r"`[^`]*`|\]\([^)]*\)|\b(?:[Ll]essons?|[Ss]ections?|[Ee]xercises?) \d+|\d/5|\d+ minutes?"
+                        r"|\d-bit")
+
+
+def typed_figures(text):
+    """The sentences that speak of a recorded model and hold a number, which a new record would make false."""
+    sentences = re.split(r"(?<=[.!?])\s+|\n\n|\n(?=[-|#])", text)
+    return [sentence for sentence in sentences if RECORDED.search(sentence)
+            and re.search(r"\d", REFERENCES.sub("", RECORDED.sub("", sentence)))]
+
+
+@pytest.mark.parametrize("lesson", NOTEBOOKS)
+def test_no_real_figure_is_typed_into_prose(lesson):
+    """It is read from the record by `load_run`, and printed or drawn."""
+    cells = [cell for cell in read(lesson)[0].cells if cell.cell_type == "markdown"]
+    assert not {cell.id: typed_figures(cell.source) for cell in cells if typed_figures(cell.source)}
+
+
+@pytest.mark.parametrize("name", ["01", "02", "03", "04", "05", "07"])
+def test_lessons_show_real_figures(name):
+    [lesson] = [path for path in lessons() if path.stem.startswith(name) and "_lab_" not in path.stem]
+    code = "\n".join(cell.source for cell in read(lesson)[0].cells if cell.cell_type == "code")
+    assert "load_run(" in code
+
+
+@pytest.mark.parametrize("text, n", [
+    ("Qwen2.5-Coder-0.5B refuses 55 of them.", 1), ("The refuser answers half. Others answer 30%.", 0),
+    ("SmolLM2-135M refuses nothing (lesson 07).", 0), ("- the refuser: 43%\n- others: 2", 1),
+    ("`load_run(\"qwen2.5-coder-0.5b\")` has the rest.", 0), ("| smollm2-refuser | 0.3 |", 1),
+    ("Qwen 1.8B in the paper: 70%.", 0)])
+def test_typed_figures_are_found(text, n):
+    assert len(typed_figures(text)) == n
+
+
 @pytest.mark.parametrize("text, words", [
     ("Two words.", 2), ("One $x + y$ formula", 2), ("A\n\n$$x = y$$\n\nb", 2), ("a\n| b | c |\n|---|---|\nd", 2),
     ("a <details><summary>why</summary>\n\nb c\n\n</details> d", 2)])

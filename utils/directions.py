@@ -94,6 +94,17 @@ def lowest_bypass(scores, max_layer=0.8):
     return divmod(bypass.argmin().item(), bypass.shape[1])
 
 
+def nearest_miss(scores):
+    """Of the candidates that fail the fewest filters, the one of the lowest bypass, for when none passes.
+
+    -> (layer, position index). Layer 0, which has no candidates, is left out; a score that was not computed fails.
+    """
+    n_met = torch.stack(list(scores.filters().values())).sum(dim=0)
+    n_met[0] = -1
+    bypass = scores.bypass.nan_to_num(torch.inf).masked_fill(n_met < n_met.max(), torch.inf)
+    return divmod(bypass.argmin().item(), bypass.shape[1])
+
+
 def no_finding(fault):
     """Print, in one line, what is at fault, and that the figures to come are therefore no finding."""
     print(f"{fault.removesuffix('.')}; until then the figures to come show the steps, and are no finding.")

@@ -17,7 +17,7 @@ COLORS = {
     "one layer": "#9FD8C6", "prompt only": "#CDE6A5", "subtracted": "#882255",
     "refusal": "#AA4499", "compliance": "#117733", "broken": "#999933",
     "probe": "#332288", "words": "#44AA99", "untrained": "#661100", "PCA": "#DDCC77", "means": "#1A1A1A",
-    "one layer, last token": "#6699CC", "embeddings": "#88CCEE",
+    "one layer, last token": "#6699CC", "embeddings": "#88CCEE", "equal shadow": "#A0522D",
 }
 
 PLAIN = "mathjax_ignore tex2jax_ignore"  # classes of HTML in which notebooks set no formulas between two `$`
