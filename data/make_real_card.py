@@ -51,7 +51,7 @@ def counts(sides):
 
 
 def scored(run):
-    n, n_all = int((~run.scores.kl.isnan()).sum()), (run.n_layers - 1) * len(run.post_instruction)
+    n, n_all = int((~run.scores.bypass[1:].isnan()).sum()), (run.n_layers - 1) * len(run.post_instruction)
     return "All candidates were scored." if n >= n_all else \
         f"By the screen, {n} of {n_all} candidates have exact scores."
 
