@@ -109,9 +109,8 @@ def picture(runs):
         groups[f"{run.name}\nharmful"] = {"baseline": harmful["base"], "ablated": harmful["ablated"],
                                           "random": Rate.pooled(run.random_rates())}
         groups[f"{run.name}\nharmless"] = {"baseline": harmless["base"], "added": harmless["added"]}
-    axis = plt.subplots(figsize=(2 + 3 * len(runs), 3.6), layout="constrained")[1]
-    title = "JailbreakBench and Alpaca, 100 each; 500 with random directions erased"
-    return plot_rates(groups, title, axis=axis).figure
+    axis = plt.subplots(figsize=(3 + 3 * len(runs), 3.6), layout="constrained")[1]
+    return plot_rates(groups, "JailbreakBench and Alpaca", axis=axis).figure
 
 
 def main():

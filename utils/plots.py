@@ -83,7 +83,7 @@ def plot_grids(grids, tokens, label):
             axis.text(index, layer, "" if value != value else f"{value:.0f}", ha="center", va="center", fontsize=8,
                       color="white" if value < (low + high) / 2 else "black")
         axis.set_xticks(range(len(tokens)), _token_ticks(tokens), rotation=90, fontsize=8)
-        axis.set(title=as_label(title), yticks=range(len(values)),
+        axis.set(title=as_label(title), yticks=_layer_ticks(len(values)),
                  xlabel="token after the instruction, and its position")
     axes[0, 0].set_ylabel("layer")
     figure.colorbar(image, ax=axes[0].tolist(), label=as_label(label), shrink=0.7)
@@ -356,7 +356,8 @@ def plot_heads(grids, framed=()):
         image = axis.imshow(values.numpy(), aspect="auto", origin="lower", cmap="PuOr_r", vmin=-largest, vmax=largest)
         for layer, head in framed:
             _frame(axis, layer, head, linewidth=1.5)
-        axis.set(title=as_label(condition), xlabel="head", xticks=range(values.shape[1]), yticks=range(len(values)))
+        axis.set(title=as_label(condition), xlabel="head", xticks=range(values.shape[1]),
+                 yticks=_layer_ticks(len(values)))
     axes[0, 0].set_ylabel("layer")
     figure.colorbar(image, ax=axes[0].tolist(), label="along r̂", shrink=0.7)
     return figure
@@ -554,6 +555,11 @@ def _frame(axis, row, column, linewidth):
     axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=linewidth))
 
 
+def _layer_ticks(n_layers):
+    """Every layer has a tick where there is room, else every second, third ... one."""
+    return range(0, n_layers, 1 + (n_layers - 1) // 16)
+
+
 def _heatmap(axis, values, title, limit=None):
     """One score [n_layers, n_positions]: white at 0; or on a logarithmic scale, with a line at the limit.
 
@@ -571,4 +577,4 @@ def _heatmap(axis, values, title, limit=None):
     if limit is not None:
         bar.ax.axhline(limit, color="white", linewidth=3)
     axis.set_title(title, fontsize=9)
-    axis.set_yticks(range(len(values)))
+    axis.set_yticks(_layer_ticks(len(values)))
