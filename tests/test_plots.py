@@ -248,6 +248,12 @@ def test_a_table_in_markdown():
         markdown_table(["model", "n"], [["a"]])
 
 
+@pytest.mark.parametrize("text, cell", [("a | b", r"a \| b"), ("a\nb", "a b"), ("a\r\n|", r"a \|"), ("", "")])
+def test_no_text_breaks_out_of_its_cell_in_markdown(text, cell):
+    *_, row = markdown_table([text, "n"], [[text, 1]]).data.splitlines()
+    assert row == f"| {cell} | 1 |" and len(markdown_table([text], [[text]]).data.splitlines()) == 3
+
+
 def test_token_strip():
     html = token_strip(["<b>", " cake\n", "!"], [2.0, -1.0, 0.0]).data
     assert "&lt;b&gt;" in html and "␣cake\\n" in html and "<b>" not in html
@@ -378,7 +384,7 @@ class Decoder:
 def test_no_picture_is_left_out():
     public = {function for name, function in vars(plots).items()
               if inspect.isfunction(function) and function.__module__ == plots.__name__ and name[0] != "_"}
-    assert public == {*PICTURES, *TABLES, show_token, as_label}
+    assert public == {*PICTURES, *TABLES, show_token, as_label, markdown_table}
 
 
 class Texts:

@@ -467,13 +467,15 @@ def plot_line_panels(panels, xlabel, marks=None):
 def markdown_table(columns, rows):
     """A table of texts and numbers, as Markdown. columns: the names on top; rows: a list of lists, each as long.
 
+    A text may hold Markdown; what would end its cell or its line is kept from doing so.
     Raises ValueError for a row that is longer or shorter.
     """
     lines = [columns, ["---"] * len(columns), *rows]
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"The row {row} has {len(row)} cells, and there are {len(columns)} columns: give as many.")
-    return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+    cells = [[" ".join(str(cell).replace("|", r"\|").splitlines()) for cell in line] for line in lines]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in cells))
 
 
 def completions_table(instructions, **columns):
