@@ -15,8 +15,9 @@ from tiny_models import save_terse, save_tiny
 from utils.checks import find_check
 from utils.solutions import DIFFICULTY, ROOT, exercise_name, fill, lessons, run
 
-NOTEBOOKS = [pytest.param(lesson, id=lesson.stem) for lesson in lessons()]
-LESSONS = [pytest.param(lesson, id=lesson.stem) for lesson in lessons() if "_lab_" not in lesson.stem]
+WITH_EXERCISES = [lesson for lesson in lessons() if "_lab_" not in lesson.stem]  # all but the laboratories
+NOTEBOOKS, LESSONS = ([pytest.param(lesson, id=lesson.stem) for lesson in paths]
+                      for paths in (lessons(), WITH_EXERCISES))
 
 
 def read(lesson):
@@ -156,7 +157,7 @@ def test_code_cells_fit_on_a_page(lesson):
 
 
 def n_words(text):
-    """How many words a reader must read: folded parts, tables, formulas and indented code aside."""
+    """How many words a reader must read: folded parts, tables, formulas and fenced code aside."""
     text = re.sub(r"<details>.*?</details>|\$\$.*?\$\$|```.*?```", " ", text, flags=re.DOTALL)
     text = re.sub(r"\$[^$\n]+\$", " ", text)
     return len(" ".join(line for line in text.splitlines() if not line.lstrip().startswith("|")).split())
@@ -184,7 +185,7 @@ def test_text_is_short_between_code_cells(lesson):
 
 
 def test_the_lessons_are_short():
-    texts = [cell.source for lesson in lessons() if "_lab_" not in lesson.stem for cell in read(lesson)[0].cells
+    texts = [cell.source for lesson in WITH_EXERCISES for cell in read(lesson)[0].cells
              if cell.cell_type == "markdown"]
     assert sum(map(n_words, texts)) <= 18_000, "laboratories aside, the lessons have at most 18,000 words"
 
@@ -220,7 +221,7 @@ def test_no_real_figure_is_typed_into_prose(lesson):
 
 @pytest.mark.parametrize("name", ["01", "02", "03", "04", "05", "07"])
 def test_lessons_show_real_figures(name):
-    [lesson] = [path for path in lessons() if path.stem.startswith(name) and "_lab_" not in path.stem]
+    [lesson] = [path for path in WITH_EXERCISES if path.stem.startswith(name)]
     code = "\n".join(cell.source for cell in read(lesson)[0].cells if cell.cell_type == "code")
     assert "load_run(" in code
 
@@ -261,7 +262,7 @@ def test_exercise_cells(lesson):
             f"{name}: the cell above begins with **Exercise N: title**"
         task = above.source.split("\n\n", maxsplit=1)[1]
         assert n_words(task) >= 10, f"{name}: the task comes after the title, in ten words or more"
-        assert above.cell_type == "markdown" and DIFFICULTY.search(above.source) and \
+        assert DIFFICULTY.search(above.source) and \
             re.search(r"\d+ minutes?", above.source), f"{name}: difficulty N/5 and N minutes stand in the cell above"
         assert below.cell_type == "code" and re.search(rf"^check\({name}\)$", below.source, re.MULTILINE), \
             f"{name}: check({name}) stands in the cell below"
